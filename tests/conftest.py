@@ -13,4 +13,4 @@ def _clean() -> None:
     pyro.set_rng_seed(0)
     yield
     pyro.clear_param_store()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float32)
