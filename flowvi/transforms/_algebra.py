@@ -1,0 +1,50 @@
+"""Products and triangular solves for rows, with one matrix or one matrix per row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["log_diagonal", "matvec", "reflect", "solve", "triangular"]
+
+
+def matvec(matrix: Tensor, rows: Tensor) -> Tensor:
+    """``matrix @ row`` for each row; ``(n, m)`` or ``(*batch, n, m)`` with ``(*batch, m)``."""
+    if matrix.dim() == 2:
+        return rows @ matrix.mT
+    return (matrix @ rows.unsqueeze(-1)).squeeze(-1)
+
+
+def solve(matrix: Tensor, rows: Tensor, *, upper: bool) -> Tensor:
+    """Solution ``v`` of ``matrix @ v = row`` for each row, with a triangular matrix."""
+    if matrix.dim() == 2:
+        # One matrix for all rows: a single solve instead of one per row.
+        flat = rows.reshape(-1, rows.shape[-1])
+        found = torch.linalg.solve_triangular(matrix.mT, flat, upper=not upper, left=False)
+        return found.reshape(rows.shape)
+    return torch.linalg.solve_triangular(matrix, rows.unsqueeze(-1), upper=upper).squeeze(-1)
+
+
+def triangular(off_diagonal: Tensor, diagonal: Tensor, *, upper: bool) -> Tensor:
+    """Triangular matrix from the strict triangle of one tensor and a separate diagonal."""
+    strict = off_diagonal.triu(1) if upper else off_diagonal.tril(-1)
+    return strict + torch.diag_embed(diagonal)
+
+
+def log_diagonal(log_scale: Tensor, like: Tensor) -> Tensor:
+    """Sum of log-scales, with the batch shape of ``like``."""
+    return log_scale.sum(-1).expand(like.shape[:-1])
+
+
+def reflect(vectors: Tensor, rows: Tensor, *, reverse: bool = False) -> Tensor:
+    """Apply Householder reflections ``(*batch, k, n)`` to rows ``(*batch, n)``, first one first.
+
+    A zero vector leaves the row unchanged.
+    """
+    tiny = torch.finfo(rows.dtype).tiny
+    norms = vectors.square().sum(-1, keepdim=True).clamp_min(tiny)
+    order = range(vectors.shape[-2])
+    for i in reversed(order) if reverse else order:
+        v = vectors[..., i, :]
+        rows = rows - (2 * (rows * v).sum(-1, keepdim=True) / norms[..., i, :]) * v
+    return rows

@@ -1,0 +1,304 @@
+"""Affine maps: whitening, triangular, LU-factored and orthogonal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowvi.transforms._algebra import log_diagonal, matvec, reflect, solve, triangular
+from flowvi.transforms._parameters import RawParameters
+from flowvi.transforms.base import FlowTransform
+from flowvi.transforms.permutation import check_permutation
+
+__all__ = ["Householder", "LULinear", "TriangularAffine", "Whitening"]
+
+
+class Whitening(FlowTransform):
+    r"""Fixed affine map :math:`y = \ell + L x` with buffers, not parameters.
+
+    It carries a known location and covariance :math:`L L^T`, so that the maps before it work in
+    whitened coordinates. It starts as the identity.
+
+    Args:
+        input_dim: number of dimensions, at least 1.
+
+    Shape:
+        x: ``(*batch, input_dim)``; ladj: ``(*batch,)``, in nats.
+
+    Example:
+        >>> whitening = Whitening(2)
+        >>> whitening.set_(torch.tensor([1.0, 0.0]), torch.tensor([[2.0, 0.0], [1.0, 3.0]]))
+        >>> whitening(torch.ones(2))
+        tensor([3., 4.])
+    """
+
+    has_score_recursion = True
+
+    def __init__(self, input_dim: int) -> None:
+        super().__init__(input_dim)
+        self.register_buffer("loc", torch.zeros(input_dim))
+        self.register_buffer("scale_tril", torch.eye(input_dim))
+
+    @torch.no_grad()
+    def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Copy a location and a lower Cholesky factor into the buffers.
+
+        Args:
+            loc: location ``(input_dim,)``.
+            scale_tril: lower-triangular factor ``(input_dim, input_dim)``, positive diagonal.
+
+        Raises:
+            ValueError: if a shape is wrong, an entry is not finite, the factor is not lower
+                triangular, or its diagonal is not positive.
+        """
+        for name, value, shape in (
+            ("loc", loc, tuple(self.loc.shape)),
+            ("scale_tril", scale_tril, tuple(self.scale_tril.shape)),
+        ):
+            if tuple(value.shape) != shape:
+                raise ValueError(
+                    f"`{name}` must have shape {shape}; got shape {tuple(value.shape)}."
+                )
+            if not value.isfinite().all():
+                bad = int((~value.isfinite()).sum())
+                raise ValueError(f"`{name}` must be finite; got {bad} entries that are not.")
+        if scale_tril.triu(1).any():
+            raise ValueError(
+                "`scale_tril` must be lower triangular; got an upper entry of size "
+                f"{float(scale_tril.triu(1).abs().max()):.3g}."
+            )
+        smallest = float(scale_tril.diagonal().min())
+        if not smallest > 0:
+            raise ValueError(
+                f"`scale_tril` must have a positive diagonal; got an entry of {smallest:.3g}."
+            )
+        self.loc.copy_(loc)
+        self.scale_tril.copy_(scale_tril)
+
+    def _ladj(self, like: Tensor) -> Tensor:
+        return log_diagonal(self.scale_tril.diagonal().log(), like)
+
+    def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.loc + matvec(self.scale_tril, x), self._ladj(x)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return solve(self.scale_tril, y - self.loc, upper=False), -self._ladj(y)
+
+    def _call_ladj_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self._call_and_ladj(x, context)
+        return y, ladj, solve(self.scale_tril.mT, score.detach(), upper=True)
+
+
+class TriangularAffine(FlowTransform):
+    r"""Trainable affine map :math:`y = \ell + L x`, with :math:`L` lower triangular.
+
+    The diagonal is the exponential of a free log-scale. It is the identity at the start. With a
+    context, location and scale are shifted by a network of it.
+
+    Args:
+        input_dim: number of dimensions, at least 1.
+        context_dim: length of the context vector; 0 learns one location and scale.
+        hidden_dims: widths of the context network's hidden layers; empty makes it linear.
+
+    Shape:
+        x: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; ladj: ``(*batch,)``, nats.
+
+    Example:
+        >>> y, ladj = TriangularAffine(3).call_and_ladj(torch.ones(5, 3))
+        >>> y.shape, ladj.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
+
+    has_score_recursion = True
+
+    def __init__(
+        self, input_dim: int, context_dim: int = 0, *, hidden_dims: Sequence[int] = ()
+    ) -> None:
+        super().__init__(input_dim, context_dim)
+        start = {
+            "loc": torch.zeros(input_dim),
+            "log_scale": torch.zeros(input_dim),
+            "lower": torch.zeros(input_dim, input_dim),
+        }
+        if input_dim == 1:
+            del start["lower"]
+        self.raw = RawParameters(start, context_dim, hidden_dims)
+
+    def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        loc, log_scale, *lower = self.raw(context)
+        if not lower:
+            return loc, log_scale, log_scale.exp().unsqueeze(-1)
+        return loc, log_scale, triangular(lower[0], log_scale.exp(), upper=False)
+
+    def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        loc, log_scale, scale_tril = self._parts(context)
+        y = loc + matvec(scale_tril, x)
+        return y, log_diagonal(log_scale, y)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        loc, log_scale, scale_tril = self._parts(context)
+        x = solve(scale_tril, y - loc, upper=False)
+        return x, -log_diagonal(log_scale, x)
+
+    def _call_ladj_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loc, log_scale, scale_tril = self._parts(context)
+        y = loc + matvec(scale_tril, x)
+        pushed = solve(scale_tril.detach().mT, score.detach(), upper=True)
+        return y, log_diagonal(log_scale, y), pushed
+
+
+class LULinear(FlowTransform):
+    r"""Affine map :math:`y = \ell + P L U x` with an LU-factored matrix.
+
+    :math:`P` is a fixed permutation, :math:`L` unit lower and :math:`U` upper triangular with a
+    positive diagonal. Value and inverse cost one matrix product or two triangular solves. It
+    starts as the permutation :math:`P`, hence as the identity by default.
+
+    Args:
+        input_dim: number of dimensions, at least 1.
+        context_dim: length of the context vector; 0 learns one matrix.
+        permutation: the fixed reordering, as ``y[i] = (L U x)[permutation[i]]``; the identity
+            if left out.
+        hidden_dims: widths of the context network's hidden layers; empty makes it linear.
+
+    Shape:
+        x: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; ladj: ``(*batch,)``, nats.
+
+    Raises:
+        ValueError: if ``permutation`` is not a reordering of ``0 .. input_dim - 1``.
+
+    References:
+        Kingma and Dhariwal (2018), Glow, arXiv:1807.03039, section 3.2;
+        Oliva et al. (2018), Transformation autoregressive networks, arXiv:1801.09819.
+    """
+
+    has_score_recursion = True
+
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int = 0,
+        *,
+        permutation: Sequence[int] | None = None,
+        hidden_dims: Sequence[int] = (),
+    ) -> None:
+        super().__init__(input_dim, context_dim)
+        order = range(input_dim) if permutation is None else permutation
+        order = check_permutation(order, "permutation")
+        if len(order) != input_dim:
+            raise ValueError(
+                f"`permutation` must have length {input_dim} (input_dim); got {len(order)}."
+            )
+        self.register_buffer("order", order)
+        self.register_buffer("inverse_order", order.argsort())
+        start = {
+            "loc": torch.zeros(input_dim),
+            "log_scale": torch.zeros(input_dim),
+            "factors": torch.zeros(input_dim, input_dim),
+        }
+        if input_dim == 1:
+            del start["factors"]
+        self.raw = RawParameters(start, context_dim, hidden_dims)
+
+    def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Location, log-scale, L and U; one square tensor holds both strict triangles."""
+        loc, log_scale, *factors = self.raw(context)
+        square = factors[0] if factors else torch.zeros_like(log_scale).unsqueeze(-1)
+        lower = triangular(square, torch.ones_like(log_scale), upper=False)
+        return loc, log_scale, lower, triangular(square, log_scale.exp(), upper=True)
+
+    def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        loc, log_scale, lower, upper = self._parts(context)
+        y = loc + matvec(lower, matvec(upper, x))[..., self.order]
+        return y, log_diagonal(log_scale, y)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        loc, log_scale, lower, upper = self._parts(context)
+        mixed = (y - loc)[..., self.inverse_order]
+        x = solve(upper, solve(lower, mixed, upper=False), upper=True)
+        return x, -log_diagonal(log_scale, x)
+
+    def _call_ladj_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loc, log_scale, lower, upper = self._parts(context)
+        y = loc + matvec(lower, matvec(upper, x))[..., self.order]
+        half = solve(upper.detach().mT, score.detach(), upper=False)
+        pushed = solve(lower.detach().mT, half, upper=True)[..., self.order]
+        return y, log_diagonal(log_scale, y), pushed
+
+
+class Householder(FlowTransform):
+    r"""Orthogonal map: a product of reflections :math:`x - 2 v (v^T x) / (v^T v)`.
+
+    It keeps volume and length and costs ``num_reflections * input_dim``. Vectors start in equal
+    pairs, so an even number of reflections starts as the identity, an odd one as a reflection.
+
+    Args:
+        input_dim: number of dimensions, at least 1.
+        num_reflections: number of reflections, at least 1; ``input_dim`` of them reach every
+            orthogonal matrix of their determinant.
+        context_dim: length of the context vector; 0 learns one rotation.
+        hidden_dims: widths of the context network's hidden layers; empty makes it linear.
+
+    Shape:
+        x: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; ladj: ``(*batch,)``, zeros.
+
+    Raises:
+        ValueError: if ``num_reflections`` is below 1.
+
+    References:
+        Tomczak and Welling (2016), Improving variational auto-encoders using Householder flow,
+        arXiv:1611.09630, equation 12.
+    """
+
+    has_score_recursion = True
+
+    def __init__(
+        self,
+        input_dim: int,
+        num_reflections: int = 2,
+        context_dim: int = 0,
+        *,
+        hidden_dims: Sequence[int] = (),
+    ) -> None:
+        super().__init__(input_dim, context_dim)
+        vectors = paired_vectors(num_reflections, input_dim)
+        self.raw = RawParameters({"vectors": vectors}, context_dim, hidden_dims)
+
+    def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        (vectors,) = self.raw(context)
+        y = reflect(vectors, x)
+        return y, y.new_zeros(y.shape[:-1])
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        (vectors,) = self.raw(context)
+        x = reflect(vectors, y, reverse=True)
+        return x, x.new_zeros(x.shape[:-1])
+
+    def _call_ladj_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (vectors,) = self.raw(context)
+        y = reflect(vectors, x)
+        return y, y.new_zeros(y.shape[:-1]), reflect(vectors.detach(), score.detach())
+
+
+def paired_vectors(num_reflections: int, input_dim: int) -> Tensor:
+    """Random reflection vectors in equal pairs, which cancel.
+
+    Raises:
+        ValueError: if ``num_reflections`` is below 1.
+    """
+    if not isinstance(num_reflections, int) or num_reflections < 1:
+        raise ValueError(
+            f"`num_reflections` must be an integer of at least 1; got {num_reflections!r}."
+        )
+    pairs = torch.randn((num_reflections + 1) // 2, input_dim)
+    return pairs.repeat_interleave(2, dim=0)[:num_reflections]
