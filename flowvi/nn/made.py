@@ -1,0 +1,118 @@
+"""Masked autoregressive conditioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowvi.nn.mlp import check_sizes
+
+__all__ = ["MADE"]
+
+
+class MADE(nn.Module):
+    r"""Masked network: the parameters of variable ``i`` depend only on variables before it.
+
+    With ``order`` the variables' order, parameters :math:`\theta_{order[k]}` are a function of
+    :math:`x_{order[0]}, \dots, x_{order[k - 1]}` and of the context. The hidden units of a layer
+    are sorted by degree (unit of degree ``m`` sees the first ``m`` variables), so the units that
+    become known with one more variable are neighbours: an inverse can compute just those.
+
+    Args:
+        input_dim: number of variables ``D``, at least 1. With one variable the parameters depend
+            on the context only, or are free.
+        hidden_dims: widths of the hidden layers; empty for a linear map.
+        param_dim: number of parameters of each variable, ``P``.
+        context_dim: length of the context vector; 0 for none.
+        order: a permutation of ``range(D)``, first variable first; natural order if left out.
+        activation: makes the elementwise nonlinearity between layers.
+        zero_last: start the last layer at zero, so that the output starts at zero.
+
+    Shape:
+        x: ``(*batch, D)``; context: ``(*batch, context_dim)``, broadcast against the batch of
+        ``x``; output: ``(*batch, D, P)``.
+
+    Raises:
+        ValueError: if a size is below 1, or ``order`` is not a permutation.
+
+    References:
+        Germain, Gregor, Murray and Larochelle (2015), MADE: masked autoencoder for distribution
+        estimation, arXiv:1502.03509, equations 12 and 13.
+
+    Example:
+        >>> MADE(3, (16, 16), 2)(torch.zeros(7, 3)).shape
+        torch.Size([7, 3, 2])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int],
+        param_dim: int,
+        context_dim: int = 0,
+        *,
+        order: Sequence[int] | None = None,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        zero_last: bool = True,
+    ) -> None:
+        super().__init__()
+        check_sizes(input_dim, hidden_dims, param_dim, context_dim)
+        order = list(range(input_dim)) if order is None else [int(i) for i in order]
+        if sorted(order) != list(range(input_dim)):
+            raise ValueError(f"`order` must be a permutation of range({input_dim}); got {order}.")
+        self.input_dim = input_dim
+        self.param_dim = param_dim
+        self.context_dim = context_dim
+        self.order = tuple(order)
+        self.degrees = tuple(
+            _hidden_degrees(width, input_dim, context_dim > 0) for width in hidden_dims
+        )
+        self.activation = activation()
+        rank = torch.empty(input_dim, dtype=torch.long)
+        rank[torch.tensor(order)] = torch.arange(input_dim)
+        # A unit of degree m sees degrees up to m; variable of rank r has degree r + 1 as an input
+        # and, as an output, sees hidden units of degree up to r.
+        sides = [rank + 1, *(torch.tensor(d) for d in self.degrees), rank.repeat(param_dim)]
+        self.layers = nn.ModuleList(
+            _MaskedLinear(seen[None, :] <= degree[:, None])
+            for seen, degree in zip(sides, sides[1:], strict=False)
+        )
+        if context_dim:
+            self.context_layer = nn.Linear(context_dim, len(sides[1]), bias=False)
+        if zero_last:
+            nn.init.zeros_(self.layers[-1].weight)
+            nn.init.zeros_(self.layers[-1].bias)
+            if context_dim and not hidden_dims:
+                nn.init.zeros_(self.context_layer.weight)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.layers[0](x)
+        if self.context_dim:
+            h = h + self.context_layer(context)
+        for layer in self.layers[1:]:
+            h = layer(self.activation(h))
+        return h.unflatten(-1, (self.param_dim, self.input_dim)).transpose(-1, -2)
+
+
+class _MaskedLinear(nn.Linear):
+    """Linear map with some weights held at zero by a mask."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask.shape[1], mask.shape[0])
+        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
+
+    def masked_weight(self) -> Tensor:
+        return self.weight * self.mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.masked_weight(), self.bias)
+
+
+def _hidden_degrees(width: int, input_dim: int, has_context: bool) -> tuple[int, ...]:
+    """Sorted degrees, spread evenly; degree 0 (context only) is of use only with a context."""
+    lowest = 0 if has_context or input_dim == 1 else 1
+    count = input_dim - lowest
+    return tuple(sorted(lowest + unit % count for unit in range(width)))

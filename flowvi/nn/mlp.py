@@ -1,0 +1,85 @@
+"""Fully connected conditioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+__all__ = ["MLP"]
+
+
+class MLP(nn.Module):
+    """Fully connected network whose context enters the first layer through its own linear map.
+
+    The context's share is computed on the context's own batch and then broadcast, so a context
+    shared by many particles costs one product, not one for each particle.
+
+    Args:
+        input_dim: length of the input, at least 1.
+        hidden_dims: widths of the hidden layers; empty for a linear map.
+        output_dim: length of the output, at least 1.
+        context_dim: length of the context vector; 0 for none.
+        activation: makes the nonlinearity between layers.
+        zero_last: start the last layer at zero, so that the output starts at zero.
+
+    Shape:
+        x: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``, broadcast against the
+        batch of ``x``; output: ``(*batch, output_dim)``.
+
+    Raises:
+        ValueError: if a size is below 1 (``context_dim``: below 0).
+
+    Example:
+        >>> MLP(3, (16, 16), 5, context_dim=2)(torch.zeros(7, 4, 3), torch.zeros(4, 2)).shape
+        torch.Size([7, 4, 5])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int],
+        output_dim: int,
+        context_dim: int = 0,
+        *,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        zero_last: bool = True,
+    ) -> None:
+        super().__init__()
+        check_sizes(input_dim, hidden_dims, output_dim, context_dim)
+        self.input_dim = input_dim
+        self.output_dim = output_dim
+        self.context_dim = context_dim
+        sizes = (input_dim, *hidden_dims, output_dim)
+        self.layers = nn.ModuleList(
+            nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+        )
+        self.activation = activation()
+        if context_dim:
+            self.context_layer = nn.Linear(context_dim, sizes[1], bias=False)
+        if zero_last:
+            nn.init.zeros_(self.layers[-1].weight)
+            nn.init.zeros_(self.layers[-1].bias)
+            if context_dim and not hidden_dims:
+                nn.init.zeros_(self.context_layer.weight)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.layers[0](x)
+        if self.context_dim:
+            h = h + self.context_layer(context)
+        for layer in self.layers[1:]:
+            h = layer(self.activation(h))
+        return h
+
+
+def check_sizes(
+    input_dim: int, hidden_dims: Sequence[int], output_dim: int, context_dim: int
+) -> None:
+    """Refuse sizes that no network can have."""
+    if min(input_dim, output_dim) < 1:
+        name, value = min(("input_dim", input_dim), ("output_dim", output_dim), key=lambda s: s[1])
+        raise ValueError(f"`{name}` must be at least 1; got {value}.")
+    if any(width < 1 for width in hidden_dims):
+        raise ValueError(f"`hidden_dims` must all be at least 1; got {tuple(hidden_dims)}.")
+    if context_dim < 0:
+        raise ValueError(f"`context_dim` must be a non-negative integer; got {context_dim}.")

@@ -1,0 +1,230 @@
+"""Elementwise monotone maps as pure functions, and the transform that applies one."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flowvi.nn import MLP
+from flowvi.transforms.base import FlowTransform
+
+__all__ = ["Additive", "Affine", "Chain", "ElementwiseMap", "ElementwiseTransform"]
+
+
+class ElementwiseMap(abc.ABC):
+    """Increasing map of one number, a pure function of the number and its raw parameters.
+
+    It holds no tensors: coupling, autoregressive and elementwise transforms are generic over it.
+    Raw parameters are unconstrained, and all zero they give the identity.
+
+    Shape:
+        x, y: any shape; params: the same shape with ``(num_params,)`` appended; ladj: like ``x``,
+        in nats. Shapes broadcast.
+    """
+
+    is_affine = False
+
+    @property
+    @abc.abstractmethod
+    def num_params(self) -> int:
+        """Number of raw parameters of one number."""
+
+    @abc.abstractmethod
+    def call_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``x`` to ``(y, log dy/dx)``, both elementwise."""
+
+    @abc.abstractmethod
+    def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``y`` to ``(x, log dx/dy)``, both elementwise."""
+
+    def inverse(self, y: Tensor, params: Tensor) -> Tensor:
+        """Map ``y`` to ``x``; cheaper than with the log-derivative where that matters."""
+        return self.inverse_and_ladj(y, params)[0]
+
+
+@dataclass(frozen=True)
+class Additive(ElementwiseMap):
+    """Shift: ``y = x + params[..., 0]``, volume-preserving.
+
+    References:
+        Dinh, Krueger and Bengio (2014), NICE, arXiv:1410.8516, section 3.2.
+    """
+
+    is_affine = True
+
+    @property
+    def num_params(self) -> int:
+        return 1
+
+    def call_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + params[..., 0]
+        return y, torch.zeros_like(y)
+
+    def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        x = y - params[..., 0]
+        return x, torch.zeros_like(x)
+
+
+@dataclass(frozen=True)
+class Affine(ElementwiseMap):
+    r"""Shift and scale, with a soft-bounded log-scale.
+
+    .. math:: y = x \exp(s) + t, \qquad t = params_0, \quad s = b \tanh(params_1 / b)
+
+    Args:
+        bound: bound ``b`` of the log-scale, positive; the slope stays within ``exp(+-b)``.
+
+    Raises:
+        ValueError: if ``bound`` is not positive.
+
+    References:
+        Dinh, Sohl-Dickstein and Bengio (2017), RealNVP, arXiv:1605.08803, equation 7.
+    """
+
+    bound: float = 4.0
+    is_affine = True
+
+    def __post_init__(self) -> None:
+        if not self.bound > 0:
+            raise ValueError(f"`bound` must be positive; got {self.bound}.")
+
+    @property
+    def num_params(self) -> int:
+        return 2
+
+    def call_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._constrain(params)
+        return torch.addcmul(shift, x, log_scale.exp()), log_scale
+
+    def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self._constrain(params)
+        return (y - shift) * torch.exp(-log_scale), -log_scale
+
+    def _constrain(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = params.unbind(-1)
+        return shift, self.bound * torch.tanh(raw / self.bound)
+
+
+class Chain(ElementwiseMap):
+    """Several elementwise maps, one after the other, as one.
+
+    Args:
+        *maps: at least one map, first applied first.
+
+    Raises:
+        ValueError: if no map is given.
+    """
+
+    def __init__(self, *maps: ElementwiseMap) -> None:
+        if not maps:
+            raise ValueError("`maps` must hold at least one elementwise map; got none.")
+        self.maps = maps
+
+    @property
+    def num_params(self) -> int:
+        return sum(m.num_params for m in self.maps)
+
+    def call_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        total = None
+        for part, own in zip(self.maps, self._split(params), strict=True):
+            x, ladj = part.call_and_ladj(x, own)
+            total = ladj if total is None else total + ladj
+        return x, total
+
+    def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        total = None
+        for part, own in zip(self.maps[::-1], self._split(params)[::-1], strict=True):
+            y, ladj = part.inverse_and_ladj(y, own)
+            total = ladj if total is None else total + ladj
+        return y, total
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.maps))})"
+
+    def _split(self, params: Tensor) -> tuple[Tensor, ...]:
+        return params.split([m.num_params for m in self.maps], dim=-1)
+
+
+class ElementwiseTransform(FlowTransform):
+    """The same kind of elementwise map on every dimension, each with its own parameters.
+
+    The parameters are free, or a network makes them from the context. Starts at the identity.
+
+    Args:
+        input_dim: number of dimensions, at least 1.
+        elementwise: the map of one number.
+        context_dim: length of the context vector; 0 learns one set of parameters.
+        hidden_dims: widths of the network that reads the context.
+        activation: makes the network's nonlinearity.
+
+    Shape:
+        x: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; ladj: ``(*batch,)``, nats.
+
+    Example:
+        >>> y, ladj = ElementwiseTransform(3, Affine()).call_and_ladj(torch.ones(2, 3))
+        >>> ladj.tolist()
+        [0.0, 0.0]
+    """
+
+    has_score_recursion = True
+
+    def __init__(
+        self,
+        input_dim: int,
+        elementwise: ElementwiseMap,
+        context_dim: int = 0,
+        *,
+        hidden_dims: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__(input_dim, context_dim)
+        check_elementwise(elementwise)
+        self.elementwise = elementwise
+        size = elementwise.num_params * input_dim
+        if context_dim:
+            self.network = MLP(context_dim, hidden_dims, size, activation=activation)
+        else:
+            self.params = nn.Parameter(torch.zeros(size))
+
+    def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, ladj = self.elementwise.call_and_ladj(x, self._params(context))
+        return y, ladj.sum(-1)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, ladj = self.elementwise.inverse_and_ladj(y, self._params(context))
+        return x, ladj.sum(-1)
+
+    def _call_ladj_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            ladj = self.elementwise.call_and_ladj(leaf, self._params(context).detach())[1]
+            pushed = (score - own_grad(ladj.sum(), leaf)) * torch.exp(-ladj.detach())
+        return *self._call_and_ladj(x, context), pushed
+
+    def _params(self, context: Tensor | None) -> Tensor:
+        raw = self.network(context) if self.context_dim else self.params
+        return raw.unflatten(-1, (-1, self.input_dim)).transpose(-1, -2)
+
+
+def check_elementwise(elementwise: ElementwiseMap) -> None:
+    """Refuse anything but an elementwise map."""
+    if not isinstance(elementwise, ElementwiseMap):
+        raise TypeError(
+            "`elementwise` must be an ElementwiseMap, such as Affine(); "
+            f"got {type(elementwise).__name__}."
+        )
+
+
+def own_grad(output: Tensor, source: Tensor) -> Tensor:
+    """Gradient that is zero, not an error, where ``output`` does not depend on ``source``."""
+    if not output.requires_grad:
+        return torch.zeros_like(source)
+    return torch.autograd.grad(
+        output, source, retain_graph=True, allow_unused=True, materialize_grads=True
+    )[0]
