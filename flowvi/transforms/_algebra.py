@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["log_diagonal", "matvec", "reflect", "solve", "triangular"]
+__all__ = ["above_minus_one", "log_diagonal", "matvec", "reflect", "solve", "triangular"]
+
+# A bending map may shrink lengths by this fraction at most, so that 1 + z stays above 0.001.
+MOST = 0.999
 
 
 def matvec(matrix: Tensor, rows: Tensor) -> Tensor:
@@ -48,3 +52,11 @@ def reflect(vectors: Tensor, rows: Tensor, *, reverse: bool = False) -> Tensor:
         v = vectors[..., i, :]
         rows = rows - (2 * (rows * v).sum(-1, keepdim=True) / norms[..., i, :]) * v
     return rows
+
+
+def above_minus_one(z: Tensor) -> Tensor:
+    """Smooth increasing map of the line to ``z > -0.999``, the identity for ``z >= 0``.
+
+    The margin keeps the slope of a map that multiplies by ``1 + z`` away from zero in float32.
+    """
+    return MOST * F.elu(z / MOST)

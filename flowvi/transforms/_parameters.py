@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
+
+from flowvi.nn import MLP
 
 __all__ = ["RawParameters"]
 
@@ -36,7 +37,7 @@ class RawParameters(nn.Module):
         self.network = None
         if context_dim:
             size = sum(math.prod(shape) for shape in self._shapes.values())
-            self.network = _network(context_dim, hidden_dims, size)
+            self.network = MLP(context_dim, hidden_dims, size)
 
     def forward(self, context: Tensor | None = None) -> list[Tensor]:
         values = [getattr(self, name) for name in self._shapes]
@@ -47,15 +48,3 @@ class RawParameters(nn.Module):
             v + shift.unflatten(-1, v.shape) if v.dim() else v + shift.squeeze(-1)
             for v, shift in zip(values, shifts, strict=True)
         ]
-
-
-def _network(context_dim: int, hidden_dims: Sequence[int], output_dim: int) -> nn.Module:
-    if hidden_dims:
-        from flowvi.nn import MLP
-
-        return MLP(context_dim, hidden_dims, output_dim, zero_last=True)
-    layer = nn.Linear(context_dim, output_dim)
-    with torch.no_grad():
-        layer.weight.zero_()
-        layer.bias.zero_()
-    return layer

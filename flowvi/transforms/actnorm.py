@@ -1,0 +1,110 @@
+"""Activation normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flowvi.transforms._algebra import log_diagonal
+from flowvi.transforms.base import Direction, FlowTransform
+
+__all__ = ["ActNorm"]
+
+
+class ActNorm(FlowTransform):
+    r"""Elementwise affine map :math:`y = \ell + \sigma x` that can take its start from data.
+
+    It is the identity until :meth:`initialize` sets location and scale from a batch; afterwards
+    both are ordinary parameters. With ``lazy`` the first call in training mode does so with its
+    own input: ``call_and_ladj`` then returns, and ``inverse_and_ladj`` likewise, values of mean 0
+    and standard deviation 1 over the batch. Explicit initialisation is the better choice under
+    ``torch.vmap`` and in guides, whose base values are already normal.
+
+    Args:
+        input_dim: number of dimensions, at least 1.
+        lazy: whether the first call in training mode initialises.
+
+    Shape:
+        x: ``(*batch, input_dim)``; ladj: ``(*batch,)``, in nats.
+
+    Raises:
+        ValueError: by the first lazy call, if its batch has fewer than 2 rows.
+
+    References:
+        Kingma and Dhariwal (2018), Glow, arXiv:1807.03039, section 3.1.
+
+    Example:
+        >>> norm = ActNorm(1)
+        >>> norm.initialize(torch.tensor([[1.0], [3.0]]))
+        >>> norm.inv(torch.tensor([2.0]))
+        tensor([0.], grad_fn=<MulBackward0>)
+    """
+
+    has_score_recursion = True
+
+    def __init__(self, input_dim: int, *, lazy: bool = False) -> None:
+        super().__init__(input_dim)
+        self.loc = nn.Parameter(torch.zeros(input_dim))
+        self.log_scale = nn.Parameter(torch.zeros(input_dim))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        # Mirrors the buffer for a lazy map: a branch on the buffer would wait for the device.
+        self._pending = lazy
+
+    def initialize(self, batch: Tensor, direction: Direction = Direction.INVERSE) -> None:
+        """Set location and scale so that a batch comes out with mean 0 and deviation 1.
+
+        A dimension that is constant over the batch keeps the scale 1.
+
+        Args:
+            batch: values ``(*batch, input_dim)``, at least 2 rows.
+            direction: ``INVERSE`` if the batch lies on the target side and its preimage is to be
+                normalised (density estimation), ``FORWARD`` if it lies on the base side.
+
+        Raises:
+            ValueError: if the batch has the wrong last size, fewer than 2 rows, or an entry that
+                is not finite; or if the direction is ``BOTH``.
+        """
+        self._check("batch", batch, None)
+        if not batch.isfinite().all():
+            bad = int((~batch.isfinite()).sum())
+            raise ValueError(f"`batch` must be finite; got {bad} entries that are not.")
+        if direction is Direction.BOTH:
+            raise ValueError("`direction` must be FORWARD or INVERSE; got BOTH.")
+        self._normalise(batch, direction)
+
+    @torch.no_grad()
+    def _normalise(self, batch: Tensor, direction: Direction) -> None:
+        rows = batch.detach().reshape(-1, self.input_dim)
+        if rows.shape[0] < 2:
+            raise ValueError(f"`batch` must have at least 2 rows; got {rows.shape[0]}.")
+        mean, scale = rows.mean(0), rows.std(0)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        if direction is Direction.INVERSE:
+            self.loc.copy_(mean)
+            self.log_scale.copy_(scale.log())
+        else:
+            self.loc.copy_(-mean / scale)
+            self.log_scale.copy_(-scale.log())
+        self.initialized.fill_(True)
+        self._pending = False
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        if self._pending and not self.initialized.is_meta:
+            self._pending = not bool(self.initialized)
+
+    def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self._pending and self.training:
+            self._normalise(x, Direction.FORWARD)
+        return self.loc + self.log_scale.exp() * x, log_diagonal(self.log_scale, x)
+
+    def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self._pending and self.training:
+            self._normalise(y, Direction.INVERSE)
+        return (y - self.loc) * (-self.log_scale).exp(), -log_diagonal(self.log_scale, y)
+
+    def _call_ladj_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self._call_and_ladj(x, context)
+        return y, ladj, score.detach() * (-self.log_scale.detach()).exp()
