@@ -1,0 +1,130 @@
+"""What every objective is: a ``pyro.infer.ELBO`` whose loss is a tensor, without a host sync."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from numbers import Real
+
+import pyro.infer
+import torch
+from pyro import poutine
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.util import check_model_guide_match
+from torch import Tensor
+
+from flowvi.objectives.weights import log_weights, per_particle
+
+__all__ = ["Objective"]
+
+
+class Objective(pyro.infer.ELBO):
+    """Base of the objectives; a new one writes ``_surrogate``.
+
+    Usable as ``SVI(model, guide, optim, loss=objective)`` and as a module,
+    ``objective(model, guide)(*args)``. Particles are one batched run by default, in a plate to the
+    left of all plates of the model; ``max_plate_nesting`` is guessed in the first call.
+
+    Args:
+        num_particles: draws per step, at least 1.
+        max_plate_nesting: number of nested plates of model and guide; guessed if left out.
+        vectorize_particles: run all particles as one batch (needs a model that broadcasts) or
+            one after the other.
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        max_plate_nesting: float = float("inf"),
+        vectorize_particles: bool = True,
+    ) -> None:
+        if not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(
+                f"`num_particles` must be an integer of at least 1; got {num_particles!r}."
+            )
+        if not isinstance(max_plate_nesting, Real) or max_plate_nesting < 0:
+            raise ValueError(f"`max_plate_nesting` must be at least 0; got {max_plate_nesting!r}.")
+        super().__init__(
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=vectorize_particles,
+        )
+
+    @abstractmethod
+    def _surrogate(self, model_trace: Trace, guide_trace: Trace, num_particles: int) -> Tensor:
+        """Objective of one (possibly vectorised) run: its value, and its estimator's gradient."""
+
+    def differentiable_loss(
+        self, model: Callable, guide: Callable, *args: object, **kwargs: object
+    ) -> Tensor:
+        """Loss (nats) whose gradient is that of the estimator; nothing leaves the device."""
+        total = None
+        traces, batch = self._runs(model, guide, args, kwargs)
+        for model_trace, guide_trace in traces:
+            part = self._surrogate(model_trace, guide_trace, batch) * (batch / self.num_particles)
+            total = part if total is None else total + part
+        return -total
+
+    def loss_and_grads(
+        self, model: Callable, guide: Callable, *args: object, **kwargs: object
+    ) -> Tensor:
+        """Backpropagate and give the loss as a tensor, which ``SVI.step`` turns into a float."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return loss.detach()
+
+    @torch.no_grad()
+    def loss(self, model: Callable, guide: Callable, *args: object, **kwargs: object) -> float:
+        """Loss as a float, without a gradient."""
+        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    @torch.no_grad()
+    def log_weight_draws(
+        self, model: Callable, guide: Callable, *args: object, **kwargs: object
+    ) -> Tensor:
+        """Log-weights with plate scales applied, one per particle.
+
+        Shape:
+            result: ``(num_particles,)``, in nats; their mean is an unbiased ELBO.
+        """
+        traces, batch = self._runs(model, guide, args, kwargs)
+        dim = self._particle_dim
+        return torch.cat([per_particle(log_weights(m, g), batch, dim) for m, g in traces])
+
+    def _runs(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> tuple[list[tuple[Trace, Trace]], int]:
+        """Trace pairs and the number of particles in each."""
+        if self.max_plate_nesting == float("inf"):
+            with torch.no_grad():
+                self._guess_max_plate_nesting(model, guide, args, kwargs)
+        if self.vectorize_particles:
+            return [self._get_vectorized_trace(model, guide, args, kwargs)], self.num_particles
+        runs = [self._get_trace(model, guide, args, kwargs) for _ in range(self.num_particles)]
+        return runs, 1
+
+    def _get_trace(
+        self, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    ) -> tuple[Trace, Trace]:
+        handler = poutine.unwrap(guide)
+        if isinstance(handler, Messenger):
+            guide(*args, **kwargs)
+            model_trace, guide_trace = handler.get_traces()
+        else:
+            guide_trace = self._guide_trace(guide, args, kwargs)
+            replayed = poutine.replay(model, trace=guide_trace)
+            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+        return model_trace, guide_trace
+
+    def _guide_trace(self, guide: Callable, args: tuple, kwargs: dict) -> Trace:
+        return poutine.trace(guide).get_trace(*args, **kwargs)
+
+    @property
+    def _particle_dim(self) -> int:
+        return -int(self.max_plate_nesting)
