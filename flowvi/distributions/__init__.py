@@ -1,5 +1,12 @@
 """What ``pyro.sample`` draws from: flows, mixtures of flows, adapters."""
 
 from flowvi.distributions.flow import Flow, FlowDistribution, StandardNormal
+from flowvi.distributions.mixture import MixtureFlow, MixtureFlowDistribution
 
-__all__ = ["Flow", "FlowDistribution", "StandardNormal"]
+__all__ = [
+    "Flow",
+    "FlowDistribution",
+    "MixtureFlow",
+    "MixtureFlowDistribution",
+    "StandardNormal",
+]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from pyro.distributions import Distribution, Normal, TorchDistribution
+from pyro.distributions import Distribution, Independent, Normal, TorchDistribution
+from pyro.distributions.util import detach
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -87,6 +88,39 @@ class _Score(nn.Module):
         return self.transform.inverse_and_ladj(y, context)
 
 
+class Memory:
+    """One value and what was computed with it, until anything it rests on changes.
+
+    What was computed without a graph is not given back where a graph is wanted: a value drawn
+    by ``sample`` would otherwise be scored without any gradient for the parameters.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = tuple(tensors)
+        self._slot: tuple | None = None
+
+    def __getstate__(self) -> dict:
+        return {"_tensors": (), "_slot": None}
+
+    def remember(self, value: Tensor, result: object) -> None:
+        state = None if torch.compiler.is_compiling() else self._state(value)
+        self._slot = (value, result, torch.is_grad_enabled(), state)
+
+    def recall(self, value: Tensor) -> object | None:
+        """What was computed with exactly this value, or None."""
+        if self._slot is None or self._slot[0] is not value:
+            return None
+        if torch.is_grad_enabled() and not self._slot[2]:
+            return None
+        if torch.compiler.is_compiling():
+            return self._slot[1]
+        return self._slot[1] if self._slot[3] == self._state(value) else None
+
+    def _state(self, value: Tensor) -> list[int]:
+        # Tensors made in inference mode keep no version.
+        return [-1 if t.is_inference() else t._version for t in (value, *self._tensors)]
+
+
 class FlowDistribution(TorchDistribution):
     """Law of ``T(x | context)`` with ``x`` from a base distribution.
 
@@ -107,7 +141,6 @@ class FlowDistribution(TorchDistribution):
     """
 
     arg_constraints: dict = {}
-    has_rsample = True
 
     def __init__(
         self,
@@ -127,16 +160,22 @@ class FlowDistribution(TorchDistribution):
             raise ValueError(
                 f"`context` must end with size {transform.context_dim} (context_dim); got {got}."
             )
+        if base.event_shape != (transform.input_dim,):
+            raise ValueError(
+                f"`base` must have event shape ({transform.input_dim},) (input_dim of the "
+                f"transform); got {tuple(base.event_shape)}."
+            )
         self.base = base
         self.transform = transform
         self.context = context
         self._path = path_derivative
         self._antithetic = antithetic
-        self._slot: tuple | None = None
+        self._memory: Memory | None = None
         if batch_shape is None:
             own = () if context is None else context.shape[:-1]
             batch_shape = torch.broadcast_shapes(base.batch_shape, own)
         super().__init__(torch.Size(batch_shape), base.event_shape, validate_args=validate_args)
+        self.has_rsample = base.has_rsample
 
     @property
     def support(self) -> constraints.Constraint:
@@ -145,13 +184,15 @@ class FlowDistribution(TorchDistribution):
     def expand(
         self, batch_shape: Sequence[int], _instance: Distribution | None = None
     ) -> FlowDistribution:
+        check_expand(self.batch_shape, batch_shape)
         return self._replace(batch_shape=torch.Size(batch_shape))
 
     def path_derivative(self, *, antithetic: bool = False) -> FlowDistribution:
         """The same law whose log-density keeps only the gradient through the value.
 
         Args:
-            antithetic: draw the leading sample dimension in pairs of opposite base noise.
+            antithetic: draw the leading dimension in pairs of opposite base noise; it has no
+                effect where that dimension is odd or the base is not a normal distribution.
 
         References:
             Roeder, Wu and Duvenaud (2017), Sticking the landing, arXiv:1703.09194, section 3.
@@ -159,6 +200,10 @@ class FlowDistribution(TorchDistribution):
         return self._replace(path_derivative=True, antithetic=antithetic)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        if not self.base.has_rsample:
+            raise NotImplementedError(
+                f"{type(self.base).__name__}, the base, has no reparameterised draw. Use sample."
+            )
         return self.rsample_and_log_prob(sample_shape)[0]
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -167,8 +212,7 @@ class FlowDistribution(TorchDistribution):
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Draw values and their log-density (nats) in one pass."""
-        x = self._draw_base(torch.Size(sample_shape))
-        log_q = self.base.log_prob(x)
+        x, log_q = self._draw_base(torch.Size(sample_shape))
         if self._path and self.transform.has_score_recursion:
             y, ladj, score = self.transform.call_ladj_and_score(
                 x, self._base_score(x), self.context
@@ -180,18 +224,21 @@ class FlowDistribution(TorchDistribution):
         else:
             y, ladj = self.transform.call_and_ladj(x, self.context)
             log_q = log_q - ladj
-        self._remember(y, log_q)
+        self._memory = Memory(self.tensors())
+        self._memory.remember(y, log_q)
         return y, log_q
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if self._remembers(value):
-            return self._slot[1]
-        if self._validate_args:
+        known = None if self._memory is None else self._memory.recall(value)
+        if known is not None:
+            return known
+        # On the meta device there are no numbers to validate.
+        if self._validate_args and not value.is_meta:
             self._validate_sample(value)
         if self._path:
             return self.log_prob_stopped(value)
         x, ladj = self.transform.inverse_and_ladj(value, self.context)
-        return self.base.log_prob(x) + ladj
+        return self._fill_batch(self.base.log_prob(x) + ladj)
 
     def log_prob_stopped(self, value: Tensor) -> Tensor:
         """Log-density with every parameter and the context held constant."""
@@ -199,7 +246,7 @@ class FlowDistribution(TorchDistribution):
         frozen = {n: t.detach() for n, t in module.named_parameters()}
         context = None if self.context is None else self.context.detach()
         x, ladj = torch.func.functional_call(module, frozen, (value, context))
-        return self.base.log_prob(x) + ladj
+        return self._fill_batch(_log_prob_stopped(self.base, x) + ladj)
 
     def _replace(self, **changes: object) -> FlowDistribution:
         fields = {
@@ -209,34 +256,64 @@ class FlowDistribution(TorchDistribution):
             "validate_args": self._validate_args,
             **changes,
         }
-        return FlowDistribution(self.base, self.transform, self.context, **fields)
+        new = FlowDistribution(self.base, self.transform, self.context, **fields)
+        new.has_rsample = self.has_rsample
+        return new
 
-    def _draw_base(self, sample_shape: torch.Size) -> Tensor:
+    def _draw_base(self, sample_shape: torch.Size) -> tuple[Tensor, Tensor]:
         base = self.base.expand(self.batch_shape)
-        lead = (*sample_shape, *self.batch_shape)
-        if not self._antithetic or not lead or lead[0] < 2 or lead[0] % 2:
-            return base.rsample(sample_shape)
-        shape = torch.Size((lead[0] // 2, *lead[1:]))
-        half = self.base.expand(shape[len(sample_shape) :]).rsample(shape[: len(sample_shape)])
-        return torch.cat([half, -half])
+        draw = base.rsample if base.has_rsample else base.sample
+        x = draw(sample_shape)
+        lead = x.shape[0] if x.dim() > 1 else 1
+        if self._antithetic and lead % 2 == 0 and _is_normal(self.base):
+            half = x[: lead // 2]
+            x = torch.cat([half, 2 * self.base.mean - half])
+        return x, base.log_prob(x)
 
     def _base_score(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             return torch.autograd.grad(self.base.log_prob(leaf).sum(), leaf)[0]
 
-    def _versions(self) -> int:
-        return sum(p._version for p in self.transform.parameters())
+    def _fill_batch(self, log_prob: Tensor) -> Tensor:
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
-    def _remember(self, value: Tensor, log_q: Tensor) -> None:
-        if not torch.compiler.is_compiling():
-            self._slot = (value, log_q, value._version, self._versions())
-        else:
-            self._slot = (value, log_q, 0, 0)
+    def unchecked(self) -> FlowDistribution:
+        """The same law without validation of the values it scores."""
+        return self._replace(validate_args=False)
 
-    def _remembers(self, value: Tensor) -> bool:
-        if self._slot is None or self._slot[0] is not value:
-            return False
-        if torch.compiler.is_compiling():
-            return True
-        return self._slot[2:] == (value._version, self._versions())
+    def tensors(self) -> list[Tensor]:
+        """Everything of the transform and the context that a remembered value rests on."""
+        context = [] if self.context is None else [self.context]
+        return [*self.transform.parameters(), *self.transform.buffers(), *context]
+
+
+def check_expand(old: torch.Size, new: Sequence[int]) -> None:
+    """Refuse an expansion that drops or changes a batch dimension."""
+    new = tuple(new)
+    pairs = zip(reversed(old), reversed(new), strict=False)
+    if len(new) < len(old) or any(a not in (1, b) for a, b in pairs):
+        raise ValueError(f"`batch_shape` must be one that {tuple(old)} broadcasts to; got {new}.")
+
+
+def _is_normal(base: Distribution) -> bool:
+    """Whether the base is one normal law for all rows, so that mirror images keep the law."""
+    return (
+        isinstance(base, Independent)
+        and isinstance(base.base_dist, Normal)
+        and base.batch_shape == ()
+    )
+
+
+def _log_prob_stopped(base: Distribution, x: Tensor) -> Tensor:
+    if hasattr(base, "log_prob_stopped"):
+        return base.log_prob_stopped(x)
+    return (detach(base) if _has_graph(base) else base).log_prob(x)
+
+
+def _has_graph(base: object) -> bool:
+    if isinstance(base, Tensor):
+        return base.requires_grad
+    return isinstance(base, torch.distributions.Distribution) and any(
+        map(_has_graph, vars(base).values())
+    )
