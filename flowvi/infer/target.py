@@ -135,22 +135,34 @@ class Target:
             z: ``(num_draws, dim)``; returns ``(num_draws,)`` and ``(num_draws, dim)``, detached.
         """
         self._check(z)
-        z = z.detach()
-        try:
-            with torch.enable_grad():
-                leaf = z.clone().requires_grad_()
-                log_p = self._log_prob(leaf, self.evaluation)
-                (grad,) = torch.autograd.grad(log_p.sum(), leaf)
-        except _EVALUATION_ERRORS as error:
-            self.last_error = f"{type(error).__name__}: {error}"
-            if len(z) <= 1:
-                return z.new_full((len(z),), -torch.inf), torch.zeros_like(z)
-            halves = [self.log_prob_and_grad(half) for half in z.tensor_split(2)]
-            log_ps, grads = zip(*halves, strict=True)
-            return torch.cat(log_ps), torch.cat(grads)
-        log_p = log_p.detach()
+        log_p, grad = self._guard(self._value_and_grad, z.detach())
         bad = ~(torch.isfinite(log_p) & torch.isfinite(grad.sum(-1)))
         return log_p.masked_fill(bad, -torch.inf), grad.masked_fill(bad[:, None], 0.0)
+
+    @torch.no_grad()
+    def guarded_log_prob(self, z: Tensor) -> Tensor:
+        """Log joint density without a graph; ``-inf`` where it raises or is not finite."""
+        self._check(z)
+        log_p, *_ = self._guard(lambda part: (self._log_prob(part, self.evaluation),), z)
+        return log_p.masked_fill(~torch.isfinite(log_p), -torch.inf)
+
+    def _value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = z.clone().requires_grad_()
+            log_p = self._log_prob(leaf, self.evaluation)
+            (grad,) = torch.autograd.grad(log_p.sum(), leaf)
+        return log_p.detach(), grad
+
+    def _guard(self, function: Callable[[Tensor], tuple], z: Tensor) -> tuple[Tensor, ...]:
+        """Results of ``function``; a batch that raises is halved down to the raising rows."""
+        try:
+            return function(z)
+        except _EVALUATION_ERRORS as error:
+            self.last_error = f"{type(error).__name__}: {error}"
+        if len(z) <= 1:
+            return z.new_full((len(z),), torch.nan), torch.full_like(z, torch.nan)
+        halves = [self._guard(function, half) for half in z.tensor_split(2)]
+        return tuple(torch.cat(parts) for parts in zip(*halves, strict=False))
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Values of the latent sites, each ``(num_draws, *site shape)``."""

@@ -16,7 +16,7 @@ from flowvi.infer.target import Evaluation, Target
 
 
 def two_level(y: torch.Tensor) -> None:
-    """Every kind of support: real, positive, interval, simplex, Cholesky factor; plates; factor."""
+    """Supports: real, positive, interval, simplex, Cholesky factor; a plate and a factor."""
     rate = pyro.sample("rate", dist.Gamma(2.0, 3.0))
     fraction = pyro.sample("fraction", dist.Uniform(-1.0, 3.0))
     weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))

@@ -1,0 +1,214 @@
+"""Separated modes of a log-density, with a Gaussian and a weight for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowvi.infer._gaussian import DensityAndGrad, Gaussian, antithetic, robust_cholesky
+from flowvi.infer.batch_and_match import batch_and_match
+from flowvi.infer.laplace import laplace
+from flowvi.infer.quasi_newton import Ascent, ascend
+
+__all__ = ["Mode", "find_modes", "modes_are_separated"]
+
+_DISTANCE = 3.0  # standard deviations
+_DIP = 0.5  # nats
+_LEAST_WEIGHT = 1e-3
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One mode of a posterior in unconstrained coordinates.
+
+    Args:
+        loc: mean of the Gaussian of the mode, ``(dim,)``.
+        scale_tril: its lower-triangular scale, ``(dim, dim)``.
+        log_prob: log joint density at the mode's summit, in nats.
+        weight: estimated share of the posterior's mass, in [0, 1].
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+    log_prob: float
+    weight: float
+
+
+def modes_are_separated(
+    density: DensityAndGrad,
+    first: Gaussian,
+    second: Gaussian,
+    *,
+    distance: float = _DISTANCE,
+    dip: float = _DIP,
+) -> bool:
+    """Whether two summits are modes that one unimodal guide would miss or blur.
+
+    They are if each is at least ``distance`` standard deviations from the other, by the Gaussian
+    of either, and the log-density along the segment between them falls at least ``dip`` nats below
+    the lower of the two. Two unit normals of equal weight 4 apart are; 3 apart they are not.
+
+    Args:
+        density: guarded log-density and gradient of points ``(num_points, dim)``.
+        first: Laplace approximation of one summit.
+        second: Laplace approximation of the other.
+        distance: least Mahalanobis distance.
+        dip: least depth of the valley, in nats.
+    """
+    apart = min(float(first.distance(second.loc[None])), float(second.distance(first.loc[None])))
+    if apart < distance:
+        return False
+    t = torch.linspace(0.0, 1.0, 25, dtype=first.loc.dtype)[:, None]
+    log_p = density(first.loc + t * (second.loc - first.loc))[0]
+    return bool(log_p.min() < torch.minimum(log_p[0], log_p[-1]) - dip)
+
+
+def find_modes(
+    density: DensityAndGrad,
+    first: Ascent,
+    *,
+    generator: torch.Generator,
+    num_starts: int = 24,
+    radii: tuple[float, float] = (0.5, 20.0),
+    max_modes: int = 8,
+    num_refinements: int = 20,
+) -> list[Mode]:
+    """Search for separated modes, starting from the ends of a first ascent.
+
+    The ends of ``first`` give one or several modes. A second ascent starts half of its points in
+    boxes of geometrically growing half-widths around the origin, half in boxes around the best
+    mode in units of its own standard deviations, so that both the prior's scale and the
+    posterior's are covered; a start that comes within one standard deviation of a known mode
+    stops. With two modes or more, the density is cut by the responsibilities of the Laplace
+    mixture into pieces that sum to it, batch-and-match fits a Gaussian to each piece, and the
+    weights follow from the pieces' ELBOs. Modes of weight below 0.001 are dropped.
+
+    Args:
+        density: guarded log-density and gradient of points ``(num_points, dim)``.
+        first: an ascent from starts near the origin.
+        generator: source of the random starts and draws.
+        num_starts: number of starts of the second ascent; 0 takes the first ascent alone.
+        radii: least and largest half-width of the boxes.
+        max_modes: number of modes at most.
+        num_refinements: batch-and-match steps per mode.
+
+    Returns:
+        Modes by decreasing weight; empty if no start converged to a summit.
+    """
+    summits = _collect(density, first, [], max_modes)
+    if num_starts and summits:
+        wide = _wide_starts(summits[0][0], num_starts, radii, generator)
+        second = ascend(
+            density,
+            wide,
+            max_evaluations=100,
+            max_snapshots=2,
+            absorb=lambda z: _near_any(z, [summit for summit, _ in summits]),
+        )
+        summits = _collect(density, second, summits, max_modes)
+    if not summits:
+        return []
+    gaussians = [summit for summit, _ in summits]
+    log_mass = torch.tensor([log_p for _, log_p in summits], dtype=torch.float64)
+    log_mass = log_mass + torch.stack([gaussian.log_det for gaussian in gaussians])
+    keep = (log_mass.softmax(0) >= _LEAST_WEIGHT).nonzero()[:, 0].tolist()
+    summits, log_mass = [summits[k] for k in keep], log_mass[keep]
+    refined = [summit for summit, _ in summits]
+    if len(summits) > 1:
+        refined, log_mass = _refine(density, refined, log_mass, generator, num_refinements)
+    weights = log_mass.softmax(0).tolist()
+    modes = [
+        Mode(gaussian.loc, gaussian.scale_tril, log_p, weight)
+        for gaussian, (_, log_p), weight in zip(refined, summits, weights, strict=True)
+    ]
+    return sorted(modes, key=lambda mode: -mode.weight)
+
+
+def _wide_starts(
+    centre: Gaussian, num_starts: int, radii: tuple[float, float], generator: torch.Generator
+) -> Tensor:
+    box = torch.rand(num_starts, len(centre.loc), generator=generator, dtype=torch.float64)
+    low, high = (torch.tensor(radius, dtype=torch.float64).log() for radius in radii)
+    half = num_starts // 2
+    box = 2 * box - 1
+    outer = torch.linspace(low, high, half, dtype=torch.float64).exp()[:, None] * box[:half]
+    count = num_starts - half
+    # In units of the mode's own scale anything below 3 falls back into the mode.
+    scale = torch.linspace(1.1, high, count, dtype=torch.float64).exp()[:, None]
+    return torch.cat([outer, centre.at(scale * box[half:])])
+
+
+def _near_any(z: Tensor, gaussians: Sequence[Gaussian]) -> Tensor:
+    return torch.stack([gaussian.distance(z) < 1.0 for gaussian in gaussians]).any(0)
+
+
+def _collect(
+    density: DensityAndGrad, ascent: Ascent, known: list[tuple[Gaussian, float]], max_modes: int
+) -> list[tuple[Gaussian, float]]:
+    """Known summits and the ends of an ascent that are separated from them, highest first."""
+    found = list(known)
+    for row in ascent.log_prob.argsort(descending=True).tolist():
+        if len(found) >= max_modes or not ascent.converged[row]:
+            continue
+        if found and bool(_near_any(ascent.loc[row : row + 1], [g for g, _ in found])):
+            continue
+        try:
+            rough = Gaussian(ascent.loc[row], robust_cholesky(ascent.inverse_hessian[row]))
+            summit = laplace(density, rough, num_steps=3)
+        except RuntimeError:
+            continue  # a Hessian without a decomposition is no summit
+        log_p = float(density(summit.loc[None])[0])
+        if not summit.is_finite or log_p == -torch.inf:
+            continue
+        if all(modes_are_separated(density, other, summit) for other, _ in found):
+            found.append((summit, log_p))
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def _refine(
+    density: DensityAndGrad,
+    gaussians: list[Gaussian],
+    log_mass: Tensor,
+    generator: torch.Generator,
+    num_steps: int,
+) -> tuple[list[Gaussian], Tensor]:
+    """Fit each piece of the density by batch-and-match; log masses from the pieces' ELBOs."""
+    refined, masses = [], []
+    eps = antithetic(256, len(gaussians[0].loc), generator)
+    for k, gaussian in enumerate(gaussians):
+        piece = _piece(density, gaussians, log_mass, k)
+        fitted = batch_and_match(piece, gaussian, generator=generator, num_steps=num_steps)
+        options = []
+        for option in (gaussian, fitted):
+            log_w = piece(option.at(eps))[0] - option.log_prob_of_noise(eps)
+            # A draw of density zero counts as a bad one, not as an infinitely bad one.
+            options.append((float(log_w.clamp(min=float(log_w.max()) - 1e3).mean()), option))
+        elbo, best = max(options, key=lambda pair: pair[0])
+        refined.append(best)
+        masses.append(elbo)
+    return refined, torch.tensor(masses, dtype=torch.float64)
+
+
+def _piece(
+    density: DensityAndGrad, gaussians: list[Gaussian], log_mass: Tensor, k: int
+) -> DensityAndGrad:
+    """The density times the responsibility of component ``k``; the pieces sum to the density."""
+
+    def piece(z: Tensor) -> tuple[Tensor, Tensor]:
+        log_p, grad = density(z)
+        log_terms, grads = [], []
+        for gaussian, mass in zip(gaussians, log_mass, strict=True):
+            tril = gaussian.scale_tril
+            white = torch.linalg.solve_triangular(tril, (z - gaussian.loc).T, upper=False)
+            # The mass contains the log-determinant of the scale, which the density divides by.
+            log_terms.append(mass - gaussian.log_det - 0.5 * (white**2).sum(0))
+            grads.append(-torch.linalg.solve_triangular(tril.T, white, upper=True).T)
+        log_terms, grads = torch.stack(log_terms), torch.stack(grads)
+        share = log_terms.softmax(0)
+        log_p = log_p + log_terms.log_softmax(0)[k]
+        return log_p, grad + grads[k] - (share[:, :, None] * grads).sum(0)
+
+    return piece
