@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -71,6 +72,7 @@ class MADE(nn.Module):
             _hidden_degrees(width, input_dim, context_dim > 0) for width in hidden_dims
         )
         self.activation = activation()
+        self._is_ordered = order == list(range(input_dim))
         rank = torch.empty(input_dim, dtype=torch.long)
         rank[torch.tensor(order)] = torch.arange(input_dim)
         # A unit of degree m sees degrees up to m; variable of rank r has degree r + 1 as an input
@@ -80,6 +82,7 @@ class MADE(nn.Module):
             _MaskedLinear(seen[None, :] <= degree[:, None])
             for seen, degree in zip(sides, sides[1:], strict=False)
         )
+        self.register_buffer("_order", torch.tensor(order), persistent=False)
         if context_dim:
             self.context_layer = nn.Linear(context_dim, len(sides[1]), bias=False)
         if zero_last:
@@ -89,12 +92,58 @@ class MADE(nn.Module):
                 nn.init.zeros_(self.context_layer.weight)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.forward_with_hidden(x, context)[0]
+
+    def forward_with_hidden(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The output, and every hidden layer before its activation."""
         h = self.layers[0](x)
         if self.context_dim:
             h = h + self.context_layer(context)
+        hidden = []
         for layer in self.layers[1:]:
+            hidden.append(h)
             h = layer(self.activation(h))
-        return h.unflatten(-1, (self.param_dim, self.input_dim)).transpose(-1, -2)
+        return h.unflatten(-1, (self.param_dim, self.input_dim)).transpose(-1, -2), hidden
+
+    @property
+    def starts(self) -> tuple[tuple[int, ...], ...]:
+        """First row of each variable in each level: variables, hidden layers, output.
+
+        Row ``starts[l][i]`` is the first one of level ``l`` that needs variable ``i - 1`` to be
+        known (level 0: that is variable ``i``). Each level has ``input_dim + 1`` entries.
+        """
+        variables = range(self.input_dim + 1)
+        hidden = [tuple(bisect.bisect_left(d, i) for i in variables) for d in self.degrees]
+        return (tuple(variables), *hidden, tuple(self.param_dim * i for i in variables))
+
+    def sorted_layers(self, context: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Masked weight and bias column of each layer, with variables in the network's order.
+
+        The rows of the last layer are variable by variable. A context ``(N, context_dim)`` is
+        added to the first bias, which then has ``N`` columns.
+        """
+        layers = [(layer.masked_weight(), layer.bias[:, None]) for layer in self.layers]
+        weight, bias = layers[0]
+        if context is not None:
+            bias = bias + self.context_layer(context).t()
+        layers[0] = (self.sort(weight, 1), bias)
+        weight, bias = layers[-1]
+        layers[-1] = (self._by_variable(weight), self._by_variable(bias))
+        return layers
+
+    def sort(self, x: Tensor, dim: int) -> Tensor:
+        """Put the variables along ``dim`` into the network's order."""
+        return x if self._is_ordered else x.index_select(dim, self._order)
+
+    def unsort(self, x: Tensor, dim: int) -> Tensor:
+        """Undo :meth:`sort`."""
+        return x if self._is_ordered else x.index_select(dim, self._order.argsort())
+
+    def _by_variable(self, rows: Tensor) -> Tensor:
+        rows = rows.unflatten(0, (self.param_dim, self.input_dim))
+        return self.sort(rows, 1).transpose(0, 1).flatten(0, 1)
 
 
 class _MaskedLinear(nn.Linear):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from flowvi.nn import MADE
+from flowvi.transforms._incremental import Inversion, slopes, solve_adjoint
 from flowvi.transforms.base import Direction, FlowTransform
 from flowvi.transforms.coupling import single
-from flowvi.transforms.elementwise import Affine, ElementwiseMap, check_elementwise
+from flowvi.transforms.elementwise import Affine, ElementwiseMap, check_elementwise, own_grads
 
 __all__ = ["Autoregressive"]
 
@@ -49,6 +52,7 @@ class Autoregressive(FlowTransform):
     """
 
     cheap = Direction.FORWARD
+    has_score_recursion = True
 
     def __init__(
         self,
@@ -75,6 +79,7 @@ class Autoregressive(FlowTransform):
             order=order,
             activation=activation,
         )
+        self._starts = self.network.starts
 
     def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.input_dim == 1:
@@ -85,11 +90,91 @@ class Autoregressive(FlowTransform):
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.input_dim == 1:
             return self.only._inverse_and_ladj(y, context)
-        return self._inverse_by_passes(y, context)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self._inverse_by_passes(y, context)
+        return self._inverse_by_steps(y, context)
+
+    def _call_ladj_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.input_dim == 1:
+            return self.only._call_ladj_and_score(x, score, context)
+        keep_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            params, hidden = self.network.forward_with_hidden(x, context)
+            # A view, so that its gradient leaves out the way through the network.
+            direct = x.view_as(x)
+            y, ladj = self.elementwise.call_and_ladj(direct, params)
+            ladj_x, ladj_theta = own_grads(ladj.sum(), (direct, params))
+            slope_theta = own_grads(y.sum(), (params,))[0]
+        # J^T u = score - grad ladj, in which the network's share of grad ladj is also J's.
+        pushed = self._solve_transposed(
+            score.detach() - ladj_x, -ladj_theta, (ladj.detach().exp(), slope_theta), hidden
+        )
+        ladj = ladj.sum(-1)
+        return (y, ladj, pushed) if keep_graph else (y.detach(), ladj.detach(), pushed)
+
+    @torch.no_grad()
+    def _solve_transposed(
+        self,
+        grad_x: Tensor,
+        grad_theta: Tensor,
+        map_slopes: tuple[Tensor, Tensor],
+        hidden: list[Tensor],
+    ) -> Tensor:
+        """Solve the adjoint system of ``_incremental`` at a point already passed forward."""
+        network = self.network
+        batch = map_slopes[0].shape[:-1]
+        columns = [
+            network.sort(t.expand(*batch, -1).reshape(-1, self.input_dim).t(), 0).contiguous()
+            for t in (grad_x, map_slopes[0])
+        ]
+        thetas = [
+            network.sort(t.flatten(0, -3).permute(1, 2, 0), 0).contiguous()
+            for t in (grad_theta, map_slopes[1])
+        ]
+        pushed, _ = solve_adjoint(
+            columns[0],
+            thetas[0].flatten(0, 1),
+            network.sorted_layers(None),
+            self._starts,
+            [
+                slopes(network.activation, h.expand(*batch, -1).flatten(0, -2).t().contiguous())
+                for h in hidden
+            ],
+            (columns[1], thetas[1]),
+        )
+        return network.unsort(pushed, 0).t().unflatten(0, batch)
+
+    def _inverse_by_steps(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Inverse that computes each hidden unit once, when it becomes known."""
+        network = self.network
+        y, context, batch = _flatten(y, context)
+        layers = network.sorted_layers(context)
+        spec = (self._starts, network.activation, self.elementwise)
+        columns = network.sort(y.t(), 0).contiguous()
+        x, theta = Inversion.apply(spec, columns, *itertools.chain.from_iterable(layers))
+        by_param = theta.unflatten(0, (self.input_dim, -1)).transpose(1, 2)
+        ladj = self.elementwise.call_and_ladj(x, by_param)[1].sum(0)
+        return network.unsort(x, 0).t().contiguous().unflatten(0, batch), -ladj.unflatten(0, batch)
 
     def _inverse_by_passes(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Inverse by ``input_dim`` full passes: each makes one more dimension right."""
+        """Inverse by ``input_dim`` full passes: each makes one more dimension right.
+
+        It is plain torch code, so it also serves where a custom backward cannot: under
+        ``torch.func`` transforms and ``torch.compile``.
+        """
         x = y
         for _ in range(self.input_dim):
             x, ladj = self.elementwise.inverse_and_ladj(y, self.network(x, context))
         return x, ladj.sum(-1)
+
+
+def _flatten(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, torch.Size]:
+    """``x`` and the context with one batch dimension, and the batch shape they share."""
+    if context is None:
+        return x.reshape(-1, x.shape[-1]), None, x.shape[:-1]
+    batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+    x, context = (t.expand(*batch, -1).reshape(-1, t.shape[-1]) for t in (x, context))
+    return x, context, batch

@@ -15,7 +15,7 @@ from flowvi.transforms.elementwise import (
     ElementwiseMap,
     ElementwiseTransform,
     check_elementwise,
-    own_grad,
+    own_grads,
 )
 from flowvi.transforms.splines import RationalQuadratic
 
@@ -117,8 +117,10 @@ class Coupling(FlowTransform):
             score_kept, score_moved = self._split(score.detach())
             # J is block triangular with the diagonal block exp(ladj): solve for the moved part,
             # then substitute. The gradients below reuse the graph of the value itself.
-            score_moved = (score_moved - own_grad(ladj.sum(), moved)) * torch.exp(-ladj.detach())
-            pulled = own_grad((score_moved * y).sum() + ladj.sum(), kept)
+            score_moved = (score_moved - own_grads(ladj.sum(), (moved,))[0]) * torch.exp(
+                -ladj.detach()
+            )
+            pulled = own_grads((score_moved * y).sum() + ladj.sum(), (kept,))[0]
             out = self._join(kept, y)
             pushed = self._join(score_kept - pulled, score_moved)
             ladj = ladj.sum(-1)

@@ -204,7 +204,7 @@ class ElementwiseTransform(FlowTransform):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             ladj = self.elementwise.call_and_ladj(leaf, self._params(context).detach())[1]
-            pushed = (score - own_grad(ladj.sum(), leaf)) * torch.exp(-ladj.detach())
+            pushed = (score - own_grads(ladj.sum(), (leaf,))[0]) * torch.exp(-ladj.detach())
         return *self._call_and_ladj(x, context), pushed
 
     def _params(self, context: Tensor | None) -> Tensor:
@@ -221,10 +221,10 @@ def check_elementwise(elementwise: ElementwiseMap) -> None:
         )
 
 
-def own_grad(output: Tensor, source: Tensor) -> Tensor:
-    """Gradient that is zero, not an error, where ``output`` does not depend on ``source``."""
+def own_grads(output: Tensor, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gradients that are zero, not an error, where ``output`` does not depend on a source."""
     if not output.requires_grad:
-        return torch.zeros_like(source)
+        return tuple(torch.zeros_like(s) for s in sources)
     return torch.autograd.grad(
-        output, source, retain_graph=True, allow_unused=True, materialize_grads=True
-    )[0]
+        output, sources, retain_graph=True, allow_unused=True, materialize_grads=True
+    )

@@ -1,0 +1,233 @@
+r"""Triangular solves through a masked network, at about the arithmetic of one pass.
+
+A masked network whose hidden units are sorted by degree has block-triangular weights. Level 0 is
+the variables, levels 1 to L the hidden layers, level L + 1 the parameters of the variables;
+``starts[l][i]`` is the number of rows of level ``l`` that belong to variables before ``i``. With
+``i`` variables known, exactly the rows ``starts[l][i]`` to ``starts[l][i + 1]`` of each level
+become known, then variable ``i`` itself. Both solves below walk over the variables in blocks:
+what a block takes from earlier blocks is one dense product per level, and only what its variables
+take from each other goes step by step. Tensors are ``(rows, N)`` for a batch of ``N``, so that
+every slice is contiguous.
+
+Inverse of :math:`y_i = f(x_i; \theta_i(x_{<i}))`: x is found in ascending order (``solve``).
+
+Adjoint: with :math:`f_x, f_\theta` the derivatives of ``f`` and :math:`N_{ji} = \partial\theta_j /
+\partial x_i`, the cotangents a of x and :math:`\gamma` of theta satisfy, in descending order,
+
+.. math:: a_i = g_i + \sum_{j > i} N_{ji}^T \gamma_j, \quad u_i = a_i / f_{x,i}, \quad
+          \gamma_j = h_j - f_{\theta,j} u_j
+
+(``solve_adjoint``). By the implicit function theorem u is the cotangent of y in the inverse, where
+g and h are the incoming cotangents of x and theta. With g = w it solves :math:`J^T u = w` for the
+Jacobian J of the forward map, which is the score recursion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from flowvi.transforms.elementwise import ElementwiseMap
+
+__all__ = ["Inversion", "partials", "slopes", "solve", "solve_adjoint"]
+
+_BLOCK = 8
+
+
+def solve(
+    y: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    starts: Sequence[Sequence[int]],
+    activation: Callable[[Tensor], Tensor],
+    elementwise: ElementwiseMap,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Invert an autoregressive map.
+
+    Args:
+        y: values to invert, ``(D, N)``.
+        layers: masked weight ``(rows, columns)`` and bias ``(rows, 1 or N)`` of each level above
+            the variables.
+        starts: first row of each variable in each level, ``D + 1`` integers per level.
+        activation: elementwise nonlinearity of the hidden levels.
+        elementwise: the map of one variable.
+
+    Returns:
+        What each level puts out (x, then hidden units) and what levels 1 and up take in (hidden
+        units before the activation, then theta).
+    """
+    last = len(layers)
+    # Zeros, not garbage: columns not known yet meet weights that are zero.
+    outputs = [torch.zeros_like(y)]
+    outputs += [y.new_zeros(weight.shape[0], y.shape[1]) for weight, _ in layers[:-1]]
+    inputs = [y.new_empty(weight.shape[0], y.shape[1]) for weight, _ in layers]
+    x_rows, y_rows = outputs[0].unbind(0), y.unbind(0)
+    for begin in range(0, y.shape[0], _BLOCK):
+        end = min(begin + _BLOCK, y.shape[0])
+        steps = []
+        for level, (weight, bias) in enumerate(layers, 1):
+            first, stop = starts[level][begin], starts[level][end]
+            known, near = starts[level - 1][begin], starts[level - 1][end]
+            taken = inputs[level - 1][first:stop]
+            torch.addmm(
+                bias[first:stop], weight[first:stop, :known], outputs[level - 1][:known], out=taken
+            )
+            sizes = _sizes(starts[level], begin, end)
+            made = outputs[level][first:stop].split(sizes) if level < last else taken.split(sizes)
+            steps.append(
+                list(
+                    zip(
+                        taken.split(sizes),
+                        weight[first:stop, known:near].split(sizes),
+                        made,
+                        strict=True,
+                    )
+                )
+            )
+        nears = [
+            out[starts[level][begin] : starts[level][end]] for level, out in enumerate(outputs)
+        ]
+        for i in range(begin, end):
+            for level in range(last):
+                taken, weight, made = steps[level][i - begin]
+                if taken.shape[0] == 0:
+                    continue
+                taken.addmm_(weight, nears[level])
+                if level < last - 1:
+                    made.copy_(activation(taken))
+            x_rows[i].copy_(elementwise.inverse(y_rows[i], taken.t()))
+    return outputs, inputs
+
+
+def solve_adjoint(
+    grad_x: Tensor,
+    grad_theta: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    starts: Sequence[Sequence[int]],
+    activation_slopes: Sequence[Tensor],
+    map_slopes: tuple[Tensor, Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Solve the adjoint system of the module's docstring.
+
+    Args:
+        grad_x: ``g``, ``(D, N)``.
+        grad_theta: ``h``, ``(D * P, N)``, variable by variable.
+        layers: as for :func:`solve`; biases are not used.
+        starts: as for :func:`solve`.
+        activation_slopes: derivative of the activation at every hidden unit, per hidden level.
+        map_slopes: derivatives of the elementwise map in x, ``(D, N)``, and theta, ``(D, P, N)``.
+
+    Returns:
+        ``u``, ``(D, N)``, and the cotangents of what levels 1 and up take in; the last is
+        ``gamma``.
+    """
+    last = len(layers)
+    grads = [grad_x.clone(), *(torch.empty_like(s) for s in activation_slopes), grad_theta.clone()]
+    dim = grad_x.shape[0]
+    slope_x, slope_theta = map_slopes
+    inverse_slopes, theta_slopes = slope_x.reciprocal().unbind(0), slope_theta.unbind(0)
+    for end in range(dim, 0, -_BLOCK):
+        begin = max(end - _BLOCK, 0)
+        steps = []
+        for level in range(last):
+            weight = layers[level][0]
+            first, stop = starts[level][begin], starts[level][end]
+            known, near = starts[level + 1][end], starts[level + 1][begin]
+            block = grads[level][first:stop]
+            far, target = weight[known:, first:stop].t(), grads[level + 1][known:]
+            if level == 0:
+                block.addmm_(far, target)
+            else:
+                torch.mm(far, target, out=block)
+            sizes = _sizes(starts[level], begin, end)
+            slope = activation_slopes[level - 1][first:stop].split(sizes) if level else sizes
+            steps.append(
+                list(
+                    zip(
+                        block.split(sizes),
+                        weight[near:known, first:stop].t().split(sizes),
+                        slope,
+                        strict=True,
+                    )
+                )
+            )
+        nears = [
+            grad[starts[level][begin] : starts[level][end]] for level, grad in enumerate(grads)
+        ]
+        thetas = nears[-1].unflatten(0, (end - begin, -1)).unbind(0)
+        for i in range(end - 1, begin - 1, -1):
+            own, weight, _ = steps[0][i - begin]
+            own.addmm_(weight, nears[1])
+            own.mul_(inverse_slopes[i])
+            thetas[i - begin].addcmul_(theta_slopes[i], own, value=-1)
+            for level in range(last - 1, 0, -1):
+                grad, weight, slope = steps[level][i - begin]
+                if grad.shape[0]:
+                    grad.addmm_(weight, nears[level + 1]).mul_(slope)
+    return grads[0], grads[1:]
+
+
+def _sizes(starts: Sequence[int], begin: int, end: int) -> list[int]:
+    return [starts[i + 1] - starts[i] for i in range(begin, end)]
+
+
+def slopes(activation: Callable[[Tensor], Tensor], taken: Tensor) -> Tensor:
+    """Derivative of an elementwise activation."""
+    with torch.enable_grad():
+        leaf = taken.detach().requires_grad_()
+        return torch.autograd.grad(activation(leaf).sum(), leaf)[0]
+
+
+def partials(elementwise: ElementwiseMap, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of the map in x, ``(D, N)``, and in its parameters, ``(D, P, N)``."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        theta = theta.detach().unflatten(0, (x.shape[0], -1)).requires_grad_()
+        y, _ = elementwise.call_and_ladj(x, theta.transpose(1, 2))
+        return torch.autograd.grad(y.sum(), (x, theta))
+
+
+class Inversion(torch.autograd.Function):
+    """``(y, weights) -> (x, theta)``; its backward is the adjoint solve, not a loop's tape.
+
+    Arguments of ``apply``: ``(starts, activation, elementwise)``, y ``(D, N)``, then weight and
+    bias of each level in turn. Differentiable once.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, spec: tuple, y: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
+        starts, activation, elementwise = spec
+        layers = list(zip(flat[::2], flat[1::2], strict=True))
+        outputs, inputs = solve(y, layers, starts, activation, elementwise)
+        ctx.spec = spec
+        ctx.save_for_backward(*outputs, *inputs, *flat)
+        return outputs[0], inputs[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_x: Tensor, grad_theta: Tensor) -> tuple:
+        starts, activation, elementwise = ctx.spec
+        depth = len(starts) - 1
+        saved = ctx.saved_tensors
+        outputs, inputs, flat = saved[:depth], saved[depth : 2 * depth], saved[2 * depth :]
+        layers = list(zip(flat[::2], flat[1::2], strict=True))
+        grad_y, grads = solve_adjoint(
+            grad_x,
+            grad_theta,
+            layers,
+            starts,
+            [slopes(activation, taken) for taken in inputs[:-1]],
+            partials(elementwise, outputs[0], inputs[-1]),
+        )
+        result = [None, grad_y]
+        for k, (grad, output, (_, bias)) in enumerate(zip(grads, outputs, layers, strict=True)):
+            needs_weight, needs_bias = ctx.needs_input_grad[2 + 2 * k : 4 + 2 * k]
+            result.append(grad @ output.t() if needs_weight else None)
+            result.append(_sum_to(grad, bias) if needs_bias else None)
+        return tuple(result)
+
+
+def _sum_to(grad: Tensor, bias: Tensor) -> Tensor:
+    return grad if bias.shape == grad.shape else grad.sum(1, keepdim=True)
