@@ -1,0 +1,225 @@
+"""Cases for the property tests: one line each, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flowvi.transforms import (
+    ActNorm,
+    Additive,
+    Affine,
+    Autoregressive,
+    Compose,
+    Coupling,
+    ElementwiseTransform,
+    FlowTransform,
+    Householder,
+    HouseholderSylvester,
+    Inverse,
+    LULinear,
+    NumericalInverse,
+    OrthogonalSylvester,
+    Permutation,
+    Planar,
+    Radial,
+    RationalQuadratic,
+    TriangularAffine,
+    TriangularSylvester,
+    Whitening,
+)
+
+__all__ = ["FLOWS", "GUIDES", "OBJECTIVES", "TRANSFORMS", "Case"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing under test.
+
+    Args:
+        make: builds it anew.
+        input_dim: number of dimensions.
+        context_dim: length of the context vector; 0 for none.
+        jacobian: for maps with a declared zero pattern, one string per row of the Jacobian:
+            "0" is exactly zero, "1" is not.
+        no_gradient: endings of the names of parameters that are without effect by construction.
+        float32: whether the float32 round trip is promised (spline and affine maps).
+    """
+
+    make: Callable[[], Any]
+    input_dim: int = 1
+    context_dim: int = 0
+    jacobian: tuple[str, ...] = ()
+    no_gradient: tuple[str, ...] = ()
+    float32: bool = False
+
+
+SMALL = {"hidden_dims": (8, 8)}
+KEPT_FIRST = ("1000", "0100", "1110", "1101")
+LOWER = ("1000", "1100", "1110", "1111")
+ORDERED = ("1011", "1111", "0010", "0011")
+
+
+def _whitening(input_dim: int) -> Whitening:
+    whitening = Whitening(input_dim)
+    scale_tril = torch.full((input_dim, input_dim), 0.5).tril(-1) + 2 * torch.eye(input_dim)
+    whitening.set_(torch.arange(1.0, input_dim + 1), scale_tril)
+    return whitening
+
+
+def _masked(elementwise: object) -> FlowTransform:
+    return Coupling(4, elementwise, mask=(True, False, False, True), **SMALL)
+
+
+def _composed(context_dim: int = 0) -> Compose:
+    return Compose(
+        [
+            Coupling(3, RationalQuadratic(4), context_dim=context_dim, **SMALL),
+            Permutation([2, 0, 1]),
+            TriangularAffine(3),
+        ]
+    )
+
+
+def _user_map(context_dim: int = 0) -> Compose:
+    return Compose([Planar(2, context_dim), LULinear(2), Planar(2, context_dim)])
+
+
+TRANSFORMS: dict[str, Case] = {
+    # Affine maps.
+    "whitening": Case(lambda: _whitening(3), 3, float32=True),
+    "whitening, 1-D": Case(lambda: _whitening(1), 1, float32=True),
+    "triangular": Case(lambda: TriangularAffine(4), 4, 0, LOWER, float32=True),
+    "triangular, 1-D": Case(lambda: TriangularAffine(1), 1, float32=True),
+    "triangular, context": Case(lambda: TriangularAffine(3, 2), 3, 2, float32=True),
+    "triangular, context, deep": Case(lambda: TriangularAffine(2, 2, hidden_dims=(8,)), 2, 2),
+    "lu": Case(lambda: LULinear(3), 3, float32=True),
+    "lu, 1-D": Case(lambda: LULinear(1), 1, float32=True),
+    "lu, permuted": Case(lambda: LULinear(3, permutation=(2, 0, 1)), 3, float32=True),
+    "lu, context": Case(lambda: LULinear(3, 2), 3, 2, float32=True),
+    "householder": Case(lambda: Householder(4, 3), 4, float32=True),
+    "householder, 1-D": Case(lambda: Householder(1), 1, no_gradient=("",), float32=True),
+    "householder, context": Case(lambda: Householder(3, 2, 2), 3, 2, float32=True),
+    "permutation": Case(lambda: Permutation.random(4, seed=1), 4, float32=True),
+    "permutation, reversal": Case(lambda: Permutation.reverse(3), 3, 0, ("001", "010", "100")),
+    "actnorm": Case(lambda: ActNorm(3), 3, 0, ("100", "010", "001"), float32=True),
+    "actnorm, 1-D": Case(lambda: ActNorm(1), 1, float32=True),
+    # Elementwise maps.
+    "elementwise, affine": Case(lambda: ElementwiseTransform(3, Affine()), 3, float32=True),
+    "elementwise, spline": Case(
+        lambda: ElementwiseTransform(3, RationalQuadratic()),
+        3,
+        0,
+        ("100", "010", "001"),
+        float32=True,
+    ),
+    "elementwise, spline, 1-D": Case(
+        lambda: ElementwiseTransform(1, RationalQuadratic(4)), 1, float32=True
+    ),
+    "elementwise, spline, context": Case(
+        lambda: ElementwiseTransform(2, RationalQuadratic(4), 2, **SMALL), 2, 2, float32=True
+    ),
+    # Couplings.
+    "coupling, additive": Case(
+        lambda: Coupling(4, Additive(), **SMALL), 4, 0, KEPT_FIRST, float32=True
+    ),
+    "coupling, affine": Case(
+        lambda: Coupling(4, Affine(), **SMALL), 4, 0, KEPT_FIRST, float32=True
+    ),
+    "coupling, affine, mask": Case(
+        lambda: _masked(Affine()), 4, 0, ("1110", "0100", "0010", "0111"), float32=True
+    ),
+    "coupling, affine, 1-D": Case(lambda: Coupling(1, Affine()), 1, float32=True),
+    "coupling, affine, 2-D": Case(lambda: Coupling(2, Affine(), **SMALL), 2, float32=True),
+    "coupling, affine, context": Case(
+        lambda: Coupling(3, Affine(), context_dim=2, **SMALL), 3, 2, float32=True
+    ),
+    "coupling, affine, 1-D, context": Case(
+        lambda: Coupling(1, Affine(), context_dim=2, **SMALL), 1, 2, float32=True
+    ),
+    "coupling, spline": Case(
+        lambda: Coupling(4, RationalQuadratic(), **SMALL), 4, 0, KEPT_FIRST, float32=True
+    ),
+    "coupling, spline, 2-D": Case(
+        lambda: Coupling(2, RationalQuadratic(4), **SMALL), 2, float32=True
+    ),
+    "coupling, spline, context": Case(
+        lambda: Coupling(3, RationalQuadratic(4), context_dim=2, **SMALL), 3, 2, float32=True
+    ),
+    # Autoregressive maps, both directions.
+    "autoregressive, additive": Case(
+        lambda: Autoregressive(4, Additive(), **SMALL), 4, 0, LOWER, float32=True
+    ),
+    "autoregressive, affine": Case(
+        lambda: Autoregressive(4, Affine(), **SMALL), 4, 0, LOWER, float32=True
+    ),
+    "autoregressive, affine, inverse": Case(
+        lambda: Autoregressive(4, Affine(), **SMALL).inv, 4, 0, LOWER, float32=True
+    ),
+    "autoregressive, affine, order": Case(
+        lambda: Autoregressive(4, Affine(), order=(2, 3, 0, 1), **SMALL),
+        4,
+        0,
+        ORDERED,
+        float32=True,
+    ),
+    "autoregressive, affine, 1-D": Case(lambda: Autoregressive(1, Affine()), 1, float32=True),
+    "autoregressive, affine, 2-D": Case(
+        lambda: Autoregressive(2, Affine(), **SMALL), 2, float32=True
+    ),
+    "autoregressive, affine, context": Case(
+        lambda: Autoregressive(3, Affine(), context_dim=2, **SMALL), 3, 2, float32=True
+    ),
+    "autoregressive, affine, inverse, context": Case(
+        lambda: Inverse(Autoregressive(3, Affine(), context_dim=2, **SMALL)), 3, 2, float32=True
+    ),
+    "autoregressive, spline": Case(
+        lambda: Autoregressive(4, RationalQuadratic(), **SMALL), 4, 0, LOWER, float32=True
+    ),
+    "autoregressive, spline, inverse": Case(
+        lambda: Autoregressive(3, RationalQuadratic(4), **SMALL).inv, 3, float32=True
+    ),
+    "autoregressive, spline, context": Case(
+        lambda: Autoregressive(3, RationalQuadratic(4), context_dim=2, **SMALL), 3, 2, float32=True
+    ),
+    # Maps that bend space.
+    "planar": Case(lambda: Planar(3), 3),
+    "planar, 1-D": Case(lambda: Planar(1), 1),
+    "planar, 2-D": Case(lambda: Planar(2), 2),
+    "planar, context": Case(lambda: Planar(3, 2), 3, 2),
+    "planar, inverse": Case(lambda: Planar(2).inv, 2),
+    "radial": Case(lambda: Radial(3), 3),
+    "radial, 1-D": Case(lambda: Radial(1), 1),
+    "radial, 2-D": Case(lambda: Radial(2), 2),
+    "radial, context": Case(lambda: Radial(3, 2), 3, 2),
+    "sylvester, orthogonal": Case(lambda: OrthogonalSylvester(4, 2), 4),
+    "sylvester, orthogonal, 1-D": Case(
+        lambda: OrthogonalSylvester(1, 1), 1, no_gradient=("raw.basis",)
+    ),
+    "sylvester, orthogonal, 2-D": Case(lambda: OrthogonalSylvester(2, 1), 2),
+    "sylvester, orthogonal, context": Case(lambda: OrthogonalSylvester(3, 2, 2), 3, 2),
+    "sylvester, householder": Case(lambda: HouseholderSylvester(3), 3),
+    "sylvester, householder, 1-D": Case(
+        lambda: HouseholderSylvester(1), 1, no_gradient=("raw.vectors",)
+    ),
+    "sylvester, householder, context": Case(lambda: HouseholderSylvester(3, 2, 2), 3, 2),
+    "sylvester, triangular": Case(lambda: TriangularSylvester(3), 3, 0, ("111", "011", "001")),
+    "sylvester, triangular, reversed": Case(
+        lambda: TriangularSylvester(3, reverse=True), 3, 0, ("100", "110", "111")
+    ),
+    "sylvester, triangular, context": Case(lambda: TriangularSylvester(2, 2), 2, 2),
+    "numerical inverse": Case(lambda: NumericalInverse(_user_map()), 2),
+    "numerical inverse, 1-D": Case(lambda: NumericalInverse(Radial(1)), 1),
+    "numerical inverse, context": Case(lambda: NumericalInverse(_user_map(2)), 2, 2),
+    # Built from others.
+    "compose": Case(lambda: _composed(), 3, float32=True),
+    "compose, context": Case(lambda: _composed(2), 3, 2, float32=True),
+    "inverse": Case(lambda: Inverse(_composed()), 3, float32=True),
+}
+
+FLOWS: dict[str, Case] = {}
+GUIDES: dict[str, Case] = {}
+OBJECTIVES: dict[str, Case] = {}

@@ -1,0 +1,410 @@
+"""Properties that every transform has; STYLE section 1.4 numbers them.
+
+Each runs for every case of the registry, mostly with the parameters a map starts with and with
+parameters drawn from N(0, 1). Only the `torch.compile` test needs `-m slow`.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pyro.distributions as dist
+import pytest
+import torch
+from registry import TRANSFORMS, Case
+from torch import Tensor, nn
+
+from flowvi.distributions import Flow, FlowDistribution
+from flowvi.nn import MADE, MLP
+from flowvi.transforms import Direction, FlowTransform
+
+NAMES = sorted(TRANSFORMS)
+CONDITIONAL = [name for name in NAMES if TRANSFORMS[name].context_dim]
+every = pytest.mark.parametrize("name", NAMES)
+both_states = pytest.mark.parametrize("drawn", [False, True], ids=["start", "drawn"])
+
+
+def build(name: str, drawn: bool, scale: float = 1.0) -> tuple[Case, FlowTransform]:
+    case = TRANSFORMS[name]
+    transform = case.make()
+    if drawn:
+        with torch.no_grad():
+            for parameter in transform.parameters():
+                parameter.normal_().mul_(scale)
+    return case, transform
+
+
+def context_of(case: Case, *batch: int) -> Tensor | None:
+    return torch.randn(*batch, case.context_dim) if case.context_dim else None
+
+
+class SkewBase(nn.Module):
+    """A base law without symmetry, so that rotations matter."""
+
+    def __init__(self, input_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("loc", 0.3 + 0.2 * torch.arange(input_dim))
+        self.register_buffer("scale", 1.1 + 0.3 * torch.arange(input_dim))
+
+    def forward(self) -> dist.Distribution:
+        return dist.Normal(self.loc, self.scale).to_event(1)
+
+
+# 1. Shapes and dtypes.
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_shapes_and_dtype(name: str, dtype: torch.dtype) -> None:
+    case, transform = build(name, drawn=False)
+    transform.to(dtype)
+    for batch in [(), (5,), (2, 3)]:
+        x = torch.randn(*batch, case.input_dim, dtype=dtype)
+        context = context_of(case, *batch)
+        context = None if context is None else context.to(dtype)
+        for method in (transform.call_and_ladj, transform.inverse_and_ladj):
+            value, ladj = method(x, context)
+            assert value.shape == x.shape
+            assert ladj.shape == batch
+            assert value.dtype == ladj.dtype == dtype
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+@both_states
+def test_context_broadcasts(name: str, drawn: bool) -> None:
+    case, transform = build(name, drawn)
+    for x_batch, c_batch in [((), (5,)), ((5,), ()), ((4, 1), (3,)), ((4, 3), (3,))]:
+        x, context = torch.randn(*x_batch, case.input_dim), context_of(case, *c_batch)
+        batch = torch.broadcast_shapes(x_batch, c_batch)
+        wide = x.expand(*batch, -1), context.expand(*batch, -1)
+        for method in (transform.call_and_ladj, transform.inverse_and_ladj):
+            for got, expected in zip(method(x, context), method(*wide), strict=True):
+                assert got.shape == expected.shape
+                torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
+
+
+# 2. The log-determinant, against autograd.
+
+
+def jacobian_of(transform: FlowTransform, x: Tensor, context: Tensor | None) -> Tensor:
+    if context is None:
+        return torch.func.vmap(torch.func.jacrev(transform))(x)
+    return torch.func.vmap(torch.func.jacrev(transform))(x, context)
+
+
+@every
+@both_states
+def test_ladj_equals_jacobian(name: str, drawn: bool) -> None:
+    for _ in range(3):
+        case, transform = build(name, drawn)
+        x, context = torch.randn(6, case.input_dim), context_of(case, 6)
+        if transform.cheap is Direction.INVERSE:
+            transform = transform.inv
+        ladj = transform.call_and_ladj(x, context)[1]
+        expected = torch.linalg.slogdet(jacobian_of(transform, x, context)).logabsdet
+        torch.testing.assert_close(ladj, expected, rtol=0, atol=1e-8)
+
+
+# 3. Round trips.
+
+
+@every
+@both_states
+def test_round_trip(name: str, drawn: bool) -> None:
+    for _ in range(3):
+        case, transform = build(name, drawn)
+        start, context = torch.randn(20, case.input_dim), context_of(case, 20)
+        for go, back in [
+            (transform.call_and_ladj, transform.inverse_and_ladj),
+            (transform.inverse_and_ladj, transform.call_and_ladj),
+        ]:
+            value, ladj = go(start, context)
+            again, back_ladj = back(value, context)
+            torch.testing.assert_close(again, start, rtol=0, atol=1e-6)
+            torch.testing.assert_close(back_ladj, -ladj, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if TRANSFORMS[n].float32])
+def test_float32_round_trip_with_large_weights(name: str) -> None:
+    case, transform = build(name, drawn=False)
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            if not parameter.any():
+                # What starts at zero gets the spread of an ordinary linear layer first.
+                parameter.uniform_(-1, 1).mul_(parameter.shape[-1] ** -0.5)
+            parameter.mul_(3)
+    transform.float()
+    x = torch.randn(500, case.input_dim).float()
+    context = None if case.context_dim == 0 else context_of(case, 500).float()
+    with torch.no_grad():
+        y, _ = transform.call_and_ladj(x, context)
+        again, _ = transform.inverse_and_ladj(y, context)
+    torch.testing.assert_close(again, x, rtol=0, atol=1e-4)
+
+
+# 4. The protocols of torch and Pyro.
+
+
+@every
+@both_states
+def test_protocols_agree(name: str, drawn: bool) -> None:
+    case, transform = build(name, drawn)
+    x, context = torch.randn(5, case.input_dim), context_of(case, 5)
+    y, ladj = transform.call_and_ladj(x, context)
+    torch.testing.assert_close(transform(x, context), y, rtol=0, atol=0)
+    torch.testing.assert_close(transform.log_abs_det_jacobian(x, y, context), ladj, rtol=0, atol=0)
+    flow = Flow(transform, SkewBase(case.input_dim))
+    plain = transform if context is None else transform.condition(context)
+    stock = dist.TransformedDistribution(flow.base(), [plain])
+    expected = stock.log_prob(y.detach())
+    torch.testing.assert_close(flow(context).log_prob(y.detach()), expected, rtol=0, atol=1e-8)
+
+
+# 5. The density integrates to one.
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if TRANSFORMS[n].input_dim == 1])
+@both_states
+@torch.no_grad()
+def test_density_integrates_to_one_in_1d(name: str, drawn: bool) -> None:
+    case, transform = build(name, drawn)
+    base = torch.linspace(-9, 9, 20001).unsqueeze(-1)
+    context = None if case.context_dim == 0 else context_of(case).expand(len(base), -1)
+    # Images of a fine base grid are an uneven grid that is fine where the density is large.
+    y = transform.call_and_ladj(base, context)[0]
+    density = FlowDistribution(dist.Normal(torch.zeros(1), 1.0).to_event(1), transform, context)
+    total = torch.trapezoid(density.log_prob(y.clone()).exp(), y.squeeze(-1)).abs()
+    assert abs(total - 1) < 1e-3
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if TRANSFORMS[n].input_dim == 2])
+@both_states
+@torch.no_grad()
+def test_density_integrates_to_one_in_2d(name: str, drawn: bool) -> None:
+    case, transform = build(name, drawn, scale=0.3)
+    context = context_of(case)
+    flow = Flow(transform)(context)
+    draws = flow.sample((2000,))
+    middle, spread = draws.mean(0), draws.std(0)
+    axes = [torch.linspace(-8, 8, 241) * s + m for m, s in zip(middle, spread, strict=True)]
+    grid = torch.cartesian_prod(*axes)
+    cell = (axes[0][1] - axes[0][0]) * (axes[1][1] - axes[1][0])
+    assert abs(flow.log_prob(grid).exp().sum() * cell - 1) < 1e-3
+
+
+# 6. Every parameter learns from both directions.
+
+
+def missing_gradients(case: Case, transform: FlowTransform, loss: Tensor) -> list[str]:
+    transform.zero_grad()
+    loss.backward()
+    missing = []
+    for name, parameter in transform.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+        if (parameter.grad is None or not parameter.grad.any()) and not name.endswith(
+            case.no_gradient or ("\0",)
+        ):
+            missing.append(name)
+    return missing
+
+
+@every
+def test_every_parameter_learns(name: str) -> None:
+    case, transform = build(name, drawn=True)
+    flow = Flow(transform, SkewBase(case.input_dim))
+    context = context_of(case, 8)
+    q = flow(context)
+    y = q.rsample(() if case.context_dim else (8,))
+    assert not missing_gradients(case, transform, (torch.randn_like(y) * y).sum()) or not list(
+        transform.parameters()
+    )
+    data = y.detach() + 0.01
+    assert not missing_gradients(case, transform, flow(context).log_prob(data).sum())
+
+
+# 7. Zero patterns.
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if TRANSFORMS[n].jacobian])
+def test_zero_pattern(name: str) -> None:
+    case, transform = build(name, drawn=True)
+    x = torch.randn(10, case.input_dim)
+    jacobians = torch.stack([torch.autograd.functional.jacobian(transform, row) for row in x])
+    expected = torch.tensor([[c == "1" for c in row] for row in case.jacobian])
+    assert torch.equal((jacobians != 0).any(0), expected)
+
+
+# 8. Context.
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+@both_states
+def test_context_batch_equals_rows(name: str, drawn: bool) -> None:
+    case, transform = build(name, drawn)
+    x, context = torch.randn(5, case.input_dim), context_of(case, 5)
+    for method in (transform.call_and_ladj, transform.inverse_and_ladj):
+        rows = [method(x[i], context[i]) for i in range(5)]
+        values, ladjs = (torch.stack(part) for part in zip(*rows, strict=True))
+        torch.testing.assert_close(method(x, context), (values, ladjs), rtol=1e-7, atol=1e-9)
+
+
+@every
+def test_wrong_shapes_are_refused(name: str) -> None:
+    case, transform = build(name, drawn=False)
+    size = case.input_dim
+    for method, arg in [(transform.call_and_ladj, "x"), (transform.inverse_and_ladj, "y")]:
+        with pytest.raises(ValueError, match=rf"`{arg}` must end with size {size} \(input_dim\)"):
+            method(torch.zeros(3, size + 1), context_of(case, 3))
+        if not case.context_dim:
+            continue
+        with pytest.raises(ValueError, match=r"`context` must be given and end with size 2"):
+            method(torch.zeros(3, size))
+        with pytest.raises(ValueError, match=r"`context` must end with size 2 \(context_dim\)"):
+            method(torch.zeros(3, size), torch.zeros(3, 5))
+        with pytest.raises(ValueError, match=r"`context` must have a batch shape that broadcasts"):
+            method(torch.zeros(3, size), torch.zeros(4, 2))
+
+
+# 9. Copies, files and shared parameters.
+
+
+@every
+def test_copies_after_use(name: str) -> None:
+    case, transform = build(name, drawn=True)
+    flow, context = Flow(transform), context_of(case, 4)
+    flow(context).rsample((3,))
+    x = torch.randn(4, case.input_dim)
+    expected = transform.call_and_ladj(x, context)
+    file = io.BytesIO()
+    torch.save(flow.state_dict(), file)
+    file.seek(0)
+    loaded = Flow(case.make())
+    loaded.load_state_dict(torch.load(file))
+    for twin in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow)), loaded):
+        torch.testing.assert_close(
+            twin.transform.call_and_ladj(x, context), expected, rtol=0, atol=0
+        )
+        assert not {id(p) for p in twin.parameters()} & {id(p) for p in flow.parameters()}
+
+
+@every
+def test_inverse_shares_parameters(name: str) -> None:
+    _, transform = build(name, drawn=False)
+    inverse = transform.inv
+    assert isinstance(inverse, FlowTransform)
+    assert {id(p) for p in inverse.parameters()} == {id(p) for p in transform.parameters()}
+
+
+# 10. One pass, nothing stale.
+
+
+@every
+def test_one_network_evaluation(name: str) -> None:
+    case, transform = build(name, drawn=True)
+    counts: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, *_: object) -> None:
+        counts[module] = counts.get(module, 0) + 1
+
+    for module in transform.modules():
+        if isinstance(module, (MLP, MADE)):
+            module.register_forward_hook(count)
+    q = Flow(transform)(context_of(case, 4))
+    y = q.rsample((3,))
+    after_draw = dict(counts)
+    q.log_prob(y)
+    assert counts == after_draw
+    if transform.cheap is not Direction.INVERSE:
+        assert all(number == 1 for number in counts.values())
+
+
+@every
+def test_nothing_is_stale(name: str) -> None:
+    case, transform = build(name, drawn=True)
+    flow, context = Flow(transform, SkewBase(case.input_dim)), context_of(case, 4)
+    q = flow(context)
+    y = q.rsample((3,))
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = flow(context).log_prob(y.detach().clone())
+    torch.testing.assert_close(q.log_prob(y), expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        transform.call_and_ladj(y.detach(), context),
+        copy.deepcopy(transform).call_and_ladj(y.detach(), context),
+    )
+
+
+# 11. Compilation.
+
+
+@pytest.mark.slow
+@every
+def test_compiles_whole(name: str) -> None:
+    case, transform = build(name, drawn=True)
+    cheap = transform.call_and_ladj
+    if transform.cheap is Direction.INVERSE:
+        cheap = transform.inverse_and_ladj
+    x, context = torch.randn(5, case.input_dim), context_of(case, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(cheap, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, context), cheap(x, context), rtol=0, atol=1e-12)
+
+
+# 12. Far tails.
+
+
+@every
+@both_states
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("size", [50.0, 1e4])
+def test_far_values_and_gradients_are_finite(
+    name: str, drawn: bool, dtype: torch.dtype, size: float
+) -> None:
+    case, transform = build(name, drawn)
+    transform.to(dtype)
+    corners = torch.cartesian_prod(*[torch.tensor([-size, 0.0, size])] * case.input_dim)
+    start = corners.reshape(-1, case.input_dim).to(dtype)
+    context = None if case.context_dim == 0 else context_of(case, len(start)).to(dtype)
+    for method in (transform.call_and_ladj, transform.inverse_and_ladj):
+        x = start.clone().requires_grad_()
+        value, ladj = method(x, context)
+        transform.zero_grad()
+        (value.sum() + ladj.sum()).backward()
+        found = [value, ladj, x.grad, *(p.grad for p in transform.parameters())]
+        assert all(t.isfinite().all() for t in found if t is not None)
+
+
+# The score recursion and the meta device.
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if TRANSFORMS[n].make().has_score_recursion])
+@both_states
+def test_score_recursion_equals_gradient_through_inverse(name: str, drawn: bool) -> None:
+    case, transform = build(name, drawn)
+    base, context = SkewBase(case.input_dim)(), context_of(case, 6)
+    x = torch.randn(6, case.input_dim, requires_grad=True)
+    score = torch.autograd.grad(base.log_prob(x).sum(), x)[0]
+    y, ladj, pushed = transform.call_ladj_and_score(x, score, context)
+    torch.testing.assert_close((y, ladj), transform.call_and_ladj(x, context), rtol=0, atol=1e-12)
+    assert not pushed.requires_grad
+    leaf = y.detach().requires_grad_()
+    log_q = FlowDistribution(base, transform, context).log_prob(leaf)
+    expected = torch.autograd.grad(log_q.sum(), leaf)[0]
+    torch.testing.assert_close(pushed, expected, rtol=1e-8, atol=1e-8)
+
+
+@every
+def test_runs_on_meta(name: str) -> None:
+    case, transform = build(name, drawn=False)
+    transform.to("meta")
+    x = torch.empty(4, case.input_dim, device="meta", requires_grad=True)
+    context = torch.empty(4, case.context_dim, device="meta") if case.context_dim else None
+    for method in (transform.call_and_ladj, transform.inverse_and_ladj):
+        value, ladj = method(x, context)
+        assert value.is_meta
+        assert value.shape == x.shape
+        assert ladj.shape == (4,)
+        (value.sum() + ladj.sum()).backward()
