@@ -40,6 +40,8 @@ class _Refuse(Messenger):
         if site_is_subsample(msg):
             if fn.size == 0 or (msg["value"] is not None and len(msg["value"]) == 0):
                 raise ValueError(f"Plate `{name}` must hold at least one item; got size 0.")
+            # No outer handler has spoken yet, so a value here is the model's own.
+            msg["infer"]["explicit_subsample"] = msg["value"] is not None
             return
         observed = msg["is_observed"] or msg["value"] is not None
         if not observed and getattr(getattr(fn, "support", None), "is_discrete", False):

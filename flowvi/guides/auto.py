@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 from flowvi.distributions import Flow, FlowDistribution
 from flowvi.flows import realnvp
 from flowvi.guides._prototype import find_subsampled
+from flowvi.guides._recipes import check_whitening, make_flow
 from flowvi.guides._replay import Supply, batch_rows, pack_rows, plated_rows, supplied_values
 from flowvi.guides.base import FlowGuide
 from flowvi.transforms import FlowTransform, Whitening, compose
@@ -78,7 +79,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         # In a tuple, because a flow would be registered as a submodule under a second name.
         self._recipe: tuple | None = (recipe,)
 
-    def _check_plates(self, latent: poutine.Trace) -> None:
+    def _check_plates(self, latent: poutine.Trace, trace: poutine.Trace) -> None:
         for site, plate in find_subsampled(latent):
             raise NotImplementedError(
                 f"Plate `{plate}` is subsampled and holds the local latent site `{site}`, which a "
@@ -91,7 +92,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         flow = make_flow(self._recipe[0], self.latent_dim)
         self.flow = flow.to(device=loc.device, dtype=loc.dtype)
         self.whitening = Whitening(self.latent_dim).to(device=loc.device, dtype=loc.dtype)
-        self._set_whitening(loc, self._init_scale * torch.diag(torch.ones_like(loc)))
+        self.whitening.set_(loc, self._init_scale * torch.diag(torch.ones_like(loc)))
         self._recipe = None
 
     def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
@@ -102,16 +103,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             scale_tril: lower-triangular scale, shape ``(latent_dim, latent_dim)``.
         """
         self._require_built()
-        self._set_whitening(loc, scale_tril)
-
-    def _set_whitening(self, loc: Tensor, scale_tril: Tensor) -> None:
-        for name, value, shape in (
-            ("loc", loc, (self.latent_dim,)),
-            ("scale_tril", scale_tril, (self.latent_dim,) * 2),
-        ):
-            if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"`{name}` must have shape {shape}; got {got}.")
+        check_whitening(loc, scale_tril, self.latent_dim)
         self.whitening.set_(loc, scale_tril)
 
     # The AutoContinuous contract.
@@ -177,11 +169,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         rows, total = [], 0.0
         for name, site in self.prototype_trace.nodes.items():
             value, shape = values[name], site["value"].shape
-            if value.shape[value.dim() - len(shape) :] != shape or value.dim() < len(shape):
-                raise ValueError(
-                    f"`values['{name}']` must end with shape {tuple(shape)}; "
-                    f"got {tuple(value.shape)}."
-                )
+            self._check_value(name, value, shape)
             unconstrained, log_density = self._unconstrain(name, value)
             rows.append(batch_rows(unconstrained, self._unconstrained_shapes[name]))
             batch_shape = shape[: len(shape) - site["fn"].event_dim]
@@ -189,10 +177,6 @@ class AutoFlow(FlowGuide, AutoContinuous):
         batch = torch.broadcast_shapes(*(r.shape[:-1] for r in rows))
         latent = torch.cat([r.expand(*batch, -1) for r in rows], -1)
         return self.get_posterior(*args, **kwargs).log_prob(latent) + total
-
-    def _unconstrained_dim(self, name: str) -> int:
-        site, shape = self.prototype_trace.nodes[name], self._unconstrained_shapes[name]
-        return site["fn"].event_dim + len(shape) - site["value"].dim()
 
     def _check_plate_size(self, plate: pyro.plate, frame: CondIndepStackFrame) -> None:
         if plate.subsample_size != frame.size:
@@ -209,27 +193,3 @@ class AutoFlow(FlowGuide, AutoContinuous):
             draws[name] = biject_to(self._supports[name])(value)
             start += shape.numel()
         return draws
-
-
-def make_flow(
-    recipe: Callable[..., Flow] | Flow, input_dim: int, context_dim: int | None = None
-) -> Flow:
-    """The flow a recipe makes, checked for its sizes.
-
-    Args:
-        recipe: a flow, or a function of ``input_dim`` (and ``context_dim``, if that is given).
-        input_dim: number of latent dimensions.
-        context_dim: length of the context; None for an unconditional flow.
-    """
-    flow = recipe
-    if not isinstance(recipe, Flow):
-        flow = recipe(input_dim) if context_dim is None else recipe(input_dim, context_dim)
-    if not isinstance(flow, Flow):
-        raise TypeError(f"`recipe` must make a Flow; got {type(flow).__name__}.")
-    for name, got, wanted in (
-        ("input_dim", flow.input_dim, input_dim),
-        ("context_dim", flow.context_dim, context_dim or 0),
-    ):
-        if got != wanted:
-            raise ValueError(f"`recipe` must make a flow with {name} {wanted}; got {got}.")
-    return flow

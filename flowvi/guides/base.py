@@ -99,7 +99,7 @@ class FlowGuide(AutoGuide):
             master._setup_prototype(*args, **kwargs)
         trace = run_model(self.model, args, kwargs)
         latent = latent_trace(trace, type(self).__name__)
-        self._check_plates(latent)
+        self._check_plates(latent, trace)
         check_log_density(trace)
         check_supports(latent, self.model, args, kwargs)
         if master is not None:
@@ -118,7 +118,7 @@ class FlowGuide(AutoGuide):
             raise
         self._seen = {signature(args, kwargs)}
 
-    def _check_plates(self, latent: poutine.Trace) -> None:
+    def _check_plates(self, latent: poutine.Trace, trace: poutine.Trace) -> None:
         """Refuse the plates that this guide does not cover."""
 
     def _build(self, initial: dict[str, Tensor]) -> None:
@@ -220,7 +220,9 @@ class FlowGuide(AutoGuide):
         valid = support.check(value)
         event_dim = site["fn"].event_dim
         inside = valid.reshape(valid.shape + (1,) * (value.dim() - valid.dim()))
-        value = torch.where(inside, value, site["value"].to(value))
+        # Any feasible event will do where the value is outside: its density is dropped below.
+        feasible = site["value"].reshape(-1, *value.shape[value.dim() - event_dim :])[0]
+        value = torch.where(inside, value, feasible.to(value))
         transform = biject_to(support)
         unconstrained = transform.inv(value)
         log_density = -_log_abs_det(transform, unconstrained, value, event_dim)
@@ -234,6 +236,16 @@ class FlowGuide(AutoGuide):
         if not isinstance(values, Mapping) or set(values) != set(names):
             got = list(values) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"`values` must hold exactly the latent sites {names}; got {got}.")
+
+    def _check_value(self, name: str, value: Tensor, shape: torch.Size) -> None:
+        if value.dim() < len(shape) or value.shape[value.dim() - len(shape) :] != shape:
+            raise ValueError(
+                f"`values['{name}']` must end with shape {tuple(shape)}; got {tuple(value.shape)}."
+            )
+
+    def _unconstrained_dim(self, name: str) -> int:
+        site, shape = self.prototype_trace.nodes[name], self._unconstrained_shapes[name]
+        return site["fn"].event_dim + len(shape) - site["value"].dim()
 
     # Summaries.
 
@@ -269,6 +281,9 @@ class FlowGuide(AutoGuide):
 
     def _num_draws(self) -> int:
         size = sum(site["value"].numel() for site in self.prototype_trace.nodes.values())
+        return self._limit_draws(size)
+
+    def _limit_draws(self, size: int) -> int:
         return max(1000, min(self.num_quantile_draws, 20_000_000 // size))
 
     # Module protocol: nothing may be silently empty or ignored before initialize.
