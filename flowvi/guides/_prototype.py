@@ -186,10 +186,11 @@ def _describe(value: object) -> object:
     if isinstance(value, dict):
         return tuple((key, _describe(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return tuple(_describe(item) for item in value)
+        # A long list is data; looking at each entry would cost more than a step.
+        return len(value) if len(value) > 100 else tuple(_describe(item) for item in value)
     if isinstance(value, (bool, int, str)) or value is None:
         return value
-    return type(value)
+    return type(value), tuple(getattr(value, "shape", ()))
 
 
 def unconstrained_shapes(latent: Trace) -> dict[str, torch.Size]:

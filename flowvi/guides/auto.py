@@ -163,9 +163,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         Raises:
             ValueError: if a site is missing, unknown, or of the wrong shape.
         """
-        self._require_built()
+        self._ready(args, kwargs)
         self._check_values(values)
-        self._claim()
         rows, total = [], 0.0
         for name, site in self.prototype_trace.nodes.items():
             value, shape = values[name], site["value"].shape

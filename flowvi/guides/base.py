@@ -50,6 +50,7 @@ class FlowGuide(AutoGuide):
     """
 
     num_quantile_draws = 10_000
+    _depends_on_arguments = False
 
     def __init__(
         self,
@@ -150,6 +151,11 @@ class FlowGuide(AutoGuide):
         self._claim()
         return super().__call__(*args, **kwargs)
 
+    def _ready(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._require_built()
+        self._check_call(args, kwargs)
+        self._claim()
+
     def _claim(self) -> None:
         if not _is_module_local_param_enabled():
             claim_name(self)
@@ -163,14 +169,19 @@ class FlowGuide(AutoGuide):
         first = next(iter(self._seen), ())
         if called in self._seen or self._model is None:
             return
-        if [key for key, _ in called] != [key for key, _ in first]:
+        same_arguments = [key for key, _ in called] == [key for key, _ in first]
+        if not (same_arguments or self._depends_on_arguments):
             return
         self._check_devices(args, kwargs)
-        sites = run_model(self.model, args, kwargs).nodes
+        trace = run_model(self.model, args, kwargs)
         for name, site in self.prototype_trace.nodes.items():
-            if name in sites:
-                self._check_shape(name, site, sites[name])
+            if name in trace.nodes:
+                self._check_shape(name, site, trace.nodes[name])
+        self._see_call(called, trace)
         self._seen.add(called)
+
+    def _see_call(self, called: tuple, trace: poutine.Trace) -> None:
+        """Take note of how the model looks for arguments of a new shape."""
 
     def _check_shape(self, name: str, site: dict[str, Any], new: dict[str, Any]) -> None:
         if new["value"].shape != site["value"].shape:
@@ -267,8 +278,7 @@ class FlowGuide(AutoGuide):
         Returns:
             Site name to tensor ``(Q, *site shape)``.
         """
-        self._require_built()
-        self._claim()
+        self._ready(args, kwargs)
         levels = torch.as_tensor(quantiles)
         if bool(((levels < 0) | (levels > 1)).any()):
             raise ValueError(f"`quantiles` must be in [0, 1]; got {levels.tolist()}.")
