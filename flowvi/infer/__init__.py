@@ -1,5 +1,23 @@
 """Fitting a guide to a model: the target density, the warm start, the fit loop."""
 
+from flowvi.infer.averaging import Average
+from flowvi.infer.fit import fit
+from flowvi.infer.modes import Mode
+from flowvi.infer.optim import GlobalOptim, Schedule
+from flowvi.infer.result import Fit
+from flowvi.infer.start import Start, warm_start
+from flowvi.infer.svi import FlowSVI
 from flowvi.infer.target import Target
 
-__all__ = ["Target"]
+__all__ = [
+    "Average",
+    "Fit",
+    "FlowSVI",
+    "GlobalOptim",
+    "Mode",
+    "Schedule",
+    "Start",
+    "Target",
+    "fit",
+    "warm_start",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
@@ -36,8 +37,9 @@ class STL(Objective):
         num_particles: draws per step, at least 1.
         antithetic: draw flows and Gaussians in opposite pairs (needs an even ``num_particles``).
         clip_factor: bound on one draw's gradient, in units of the median length over the draws,
-            measured in coordinates whitened by the guide; ``None`` clips nothing. A draw whose
-            gradient is not finite gets none. Bounds below about 10 bias the result visibly.
+            measured in coordinates whitened by the guide; ``None`` clips nothing. Bounds below
+            about 10 bias the result visibly. With a bound, draws with a non-finite log-weight or
+            gradient are left out of both, as long as at least half of the draws remain.
         max_plate_nesting: number of nested plates of model and guide; guessed if left out.
         vectorize_particles: run all particles as one batch.
 
@@ -102,6 +104,15 @@ class STL(Objective):
             return with_constant_parameters(fn, site["name"]).log_prob(site["value"])
 
         weights = log_weights(model_trace, guide_trace, guide_term)
-        elbo = per_particle(weights, num_particles, self._particle_dim).mean()
+        draws = per_particle(weights, num_particles, self._particle_dim)
+        elbo = draws.mean() if self.clip_factor is None else _finite_mean(draws)
         extra = score_function_term(weights, scores, num_particles, self._particle_dim)
         return elbo if extra is None else elbo + extra / num_particles
+
+
+def _finite_mean(draws: Tensor) -> Tensor:
+    """Mean of the finite entries; NaN where they are fewer than half."""
+    finite = draws.isfinite()
+    number = finite.sum()
+    number = torch.where(2 * number >= len(draws), number, torch.nan)
+    return draws.where(finite, torch.zeros_like(draws)).sum() / number

@@ -1,0 +1,224 @@
+"""Training a guide: one call from a model to a result that can be checked."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pyro
+import torch
+from torch import Tensor
+
+from flowvi.infer._inputs import check_arguments, check_numbers, is_subsampled
+from flowvi.infer._plateau import Plateau
+from flowvi.infer._run import Run, RunOptions
+from flowvi.infer._setup import default_objective, find_start, first_run, settle_objective
+from flowvi.infer.averaging import Average, copy_into
+from flowvi.infer.checkpoint import get_rng_state, set_rng_state
+from flowvi.infer.optim import GlobalOptim, Schedule
+from flowvi.infer.result import Fit
+from flowvi.infer.start import Start
+from flowvi.infer.svi import FlowSVI
+from flowvi.objectives import ELBO, Objective
+
+__all__ = ["fit"]
+
+_NUM_STEPS, _NUM_STEPS_SUBSAMPLED = 1000, 5000
+_SELECTION_DRAWS, _REPORT_DRAWS = 512, 2048
+
+
+def fit(
+    model: Callable,
+    guide: Callable,
+    *args: object,
+    objective: Objective | None = None,
+    num_steps: int | None = None,
+    lr: float = 1e-2,
+    num_particles: int | None = None,
+    start: bool | Start = True,
+    seed: int | None = None,
+    tolerance: float | None = 0.01,
+    clip_norm: float | None = 1000.0,
+    average: float = 0.99,
+    max_seconds: float | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int = 100,
+    callback: Callable[[int, Tensor], object] | None = None,
+    progress_bar: bool = True,
+    **kwargs: object,
+) -> Fit:
+    r"""Train ``guide`` on ``model`` with :class:`pyro.infer.SVI` and defaults that are robust.
+
+    In order: a warm start (a Gaussian by quasi-Newton, Pathfinder and batch-and-match, in whose
+    coordinates the guide starts); one Adam over all parameters, with warm-up and cosine decay;
+    the average of the iterates or the last one, whichever has the higher ELBO on common draws.
+
+    **Stopping.** After every window (a tenth of ``num_steps``, at least 50 steps) the mean loss is compared with the
+    window before; when it fails twice in a row to fall by more than ``tolerance`` and two standard
+    errors, the learning rate decays to zero within one more window, and the run ends.
+
+    **Guard.** A step with a non-finite loss or gradient changes nothing and is counted in
+    ``Fit.skipped``; the site is named in ``Fit.skipped_sites``. Fifty in a row end the run.
+
+    **Scope.** The run has a parameter store of its own, empty at the start, so nothing that
+    another fit or the user has in the global store is read or changed. Parameters of modules stay
+    in the modules; those of ``pyro.param`` in plain functions are kept in the result: call such a
+    guide inside ``with fit.scope():``.
+
+    Args:
+        model: Pyro model, called as ``model(*args, **kwargs)``.
+        guide: Pyro guide, stock, hand-written or of flowvi, called in the same way.
+        *args: data for both. Keyword arguments that are not named here go to both as well.
+        objective: what to maximise; path gradients (STL) where the guide allows them, else ELBO.
+        num_steps: largest number of steps; 1000, or 5000 with a subsampled plate.
+        lr: largest learning rate.
+        num_particles: draws per step of the default objective.
+        start: find a warm start; or a given :class:`Start`; or ``False``.
+        seed: seed of the run; the global random state is put back afterwards. ``None`` uses it.
+        tolerance: improvement in nats per window worth going on for; ``None`` runs all steps.
+        clip_norm: bound on the norm of the whole gradient; ``None`` clips nothing.
+        average: decay rate of the average of the iterates, in [0, 1).
+        max_seconds: wall seconds after which the run stops, the start included.
+        checkpoint: file to save the run in. If it exists, the run is taken up from it, bit for
+            bit on a CPU.
+        checkpoint_every: number of steps between two writes.
+        callback: called as ``callback(step, loss)`` after every step.
+        progress_bar: show a bar with the smoothed ELBO and its standard error.
+        **kwargs: keyword data for model and guide.
+
+    Returns:
+        The trained guide with the record of the run.
+
+    Raises:
+        ValueError: if a number, the data, or the match of model and guide is at fault.
+        RuntimeError: if fifty steps in a row are not finite.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+        >>> y = torch.ones(20)
+        >>> result = fit(model, AutoNormal(model), y, seed=0, num_steps=100, progress_bar=False)
+        >>> bool(abs(result.sample(1000)["mean"].mean() - 1) < 0.1)
+        True
+    """
+    check_numbers(
+        {
+            "num_steps": num_steps,
+            "num_particles": num_particles,
+            "checkpoint_every": checkpoint_every,
+        },
+        {"lr": lr, "max_seconds": max_seconds, "tolerance": tolerance, "clip_norm": clip_norm},
+    )
+    check_arguments(model, guide, args, kwargs)
+    store: dict = {"params": {}, "constraints": {}}
+    with _seeded(seed), pyro.get_param_store().scope(store):
+        began = time.monotonic()
+        traces = first_run(model, guide, args, kwargs)
+        if objective is None:
+            objective = default_objective(*traces, num_particles)
+        objective, notes = settle_objective(objective, traces, model, guide, args, kwargs)
+        if num_steps is None:
+            num_steps = _NUM_STEPS_SUBSAMPLED if is_subsampled(traces[0]) else _NUM_STEPS
+        optim = GlobalOptim(lr, clip_norm=clip_norm, schedule=Schedule(num_steps))
+        run = Run(
+            FlowSVI(model, guide, optim, objective),
+            Average(average),
+            None if tolerance is None else Plateau(max(num_steps // 10, 50), tolerance),
+            RunOptions(
+                num_steps, max_seconds, checkpoint, checkpoint_every, callback, progress_bar
+            ),
+            args,
+            kwargs,
+            began,
+        )
+        with pyro.validation_enabled(False):
+            return _finish(run, start, notes, store)
+
+
+def _finish(run: Run, start: bool | Start, notes: list[str], store: dict) -> Fit:
+    """Start or resume, train, choose the iterate, and measure the result."""
+    svi, checkpoint = run.svi, run.options.checkpoint
+    programs = svi.model, svi.guide, run.args, run.kwargs
+    found = None
+    run.svi.optim.admit(svi.named_parameters())
+    if checkpoint is not None and os.path.exists(checkpoint):
+        run.resume()
+    else:
+        found, more = find_start(start, *programs)
+        notes = [*notes, *more]
+        svi.optim.admit(svi.named_parameters())
+    run.train()
+    averaged = _keep_better_iterate(run)
+    if checkpoint is not None:
+        run.save()
+    elbo, elbo_se = _measure(run, _REPORT_DRAWS)
+    return Fit(
+        guide=svi.guide,
+        model=svi.model,
+        args=run.args,
+        kwargs=run.kwargs,
+        losses=run.losses[: run.step].cpu(),
+        elbo=elbo,
+        elbo_se=elbo_se,
+        num_steps=run.step,
+        seconds=run.seconds,
+        skipped=run.skipped,
+        skipped_sites=run.skipped_sites,
+        stop_reason=run.stop_reason,
+        averaged=averaged,
+        start=found,
+        notes=tuple(notes),
+        store=store,
+    )
+
+
+def _keep_better_iterate(run: Run) -> bool:
+    """Keep the averaged parameters if their ELBO on common draws is not below the last ones'."""
+    params = list(run.svi.optim.named_parameters())
+    state = get_rng_state()
+    last, _ = _measure(run, _SELECTION_DRAWS)
+    with run.average.swapped(params):
+        set_rng_state(state)
+        averaged, _ = _measure(run, _SELECTION_DRAWS)
+    if not averaged >= last:
+        return False
+    copy_into((p, run.average.values[n]) for n, p in params)
+    return True
+
+
+def _measure(run: Run, num_draws: int) -> tuple[float, float]:
+    """Plain ELBO and its standard error over independent runs of the objective's batch size."""
+    svi, like = run.svi, run.svi.objective
+    plain = ELBO(like.num_particles, vectorize_particles=like.vectorize_particles)
+    plain.max_plate_nesting = like.max_plate_nesting
+    batches = max(math.ceil(num_draws / like.num_particles), 2)
+    draws = [
+        plain.log_weight_draws(svi.model, svi.guide, *run.args, **run.kwargs)
+        for _ in range(batches)
+    ]
+    # Particles share a subsample, so batches are the independent units where there are enough.
+    units = torch.stack(draws).mean(-1) if batches >= 16 else torch.cat(draws)
+    if not units.isfinite().all():
+        return -math.inf, math.nan
+    return units.mean().item(), (units.std() / math.sqrt(len(units))).item()
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Run with a seed of its own and put the global random state back; no seed, no change."""
+    if seed is None:
+        yield
+        return
+    before = get_rng_state()
+    try:
+        pyro.set_rng_seed(seed)
+        yield
+    finally:
+        set_rng_state(before)
