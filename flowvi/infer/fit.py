@@ -56,9 +56,10 @@ def fit(
     coordinates the guide starts); one Adam over all parameters, with warm-up and cosine decay;
     the average of the iterates or the last one, whichever has the higher ELBO on common draws.
 
-    **Stopping.** After every window (a tenth of ``num_steps``, at least 50 steps) the mean loss is compared with the
-    window before; when it fails twice in a row to fall by more than ``tolerance`` and two standard
-    errors, the learning rate decays to zero within one more window, and the run ends.
+    **Stopping.** After every window (a tenth of ``num_steps``, at least 50 steps) the mean loss is
+    compared with the window before; when it fails twice in a row to fall by more than
+    ``tolerance`` and two standard errors, the learning rate decays to zero within one more
+    window, and the run ends.
 
     **Guard.** A step with a non-finite loss or gradient changes nothing and is counted in
     ``Fit.skipped``; the site is named in ``Fit.skipped_sites``. Fifty in a row end the run.
