@@ -61,19 +61,12 @@ class Whitening(FlowTransform):
                 raise ValueError(
                     f"`{name}` must have shape {shape}; got shape {tuple(value.shape)}."
                 )
-            if not value.isfinite().all():
+            # On the meta device there are no numbers to check.
+            if not value.is_meta and not value.isfinite().all():
                 bad = int((~value.isfinite()).sum())
                 raise ValueError(f"`{name}` must be finite; got {bad} entries that are not.")
-        if scale_tril.triu(1).any():
-            raise ValueError(
-                "`scale_tril` must be lower triangular; got an upper entry of size "
-                f"{float(scale_tril.triu(1).abs().max()):.3g}."
-            )
-        smallest = float(scale_tril.diagonal().min())
-        if not smallest > 0:
-            raise ValueError(
-                f"`scale_tril` must have a positive diagonal; got an entry of {smallest:.3g}."
-            )
+        if not scale_tril.is_meta:
+            _check_factor(scale_tril)
         self.loc.copy_(loc)
         self.scale_tril.copy_(scale_tril)
 
@@ -91,6 +84,19 @@ class Whitening(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, ladj = self._call_and_ladj(x, context)
         return y, ladj, solve(self.scale_tril.mT, score.detach(), upper=True)
+
+
+def _check_factor(scale_tril: Tensor) -> None:
+    if scale_tril.triu(1).any():
+        raise ValueError(
+            "`scale_tril` must be lower triangular; got an upper entry of size "
+            f"{float(scale_tril.triu(1).abs().max()):.3g}."
+        )
+    smallest = float(scale_tril.diagonal().min())
+    if not smallest > 0:
+        raise ValueError(
+            f"`scale_tril` must have a positive diagonal; got an entry of {smallest:.3g}."
+        )
 
 
 class TriangularAffine(FlowTransform):
