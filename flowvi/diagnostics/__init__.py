@@ -1,0 +1,42 @@
+"""Did it work: drift test, importance weights, modes, one verdict in words, ArviZ export."""
+
+from flowvi.diagnostics.check import Check, check
+from flowvi.diagnostics.drift import DriftTest, drift_test
+from flowvi.diagnostics.export import to_arviz
+from flowvi.diagnostics.gradient import Gradient, elbo_gradient
+from flowvi.diagnostics.importance import (
+    Bound,
+    effective_sample_size,
+    elbo,
+    iw_elbo,
+    pareto_k,
+    pareto_k_threshold,
+    resample,
+    smoothed_log_weights,
+)
+from flowvi.diagnostics.modes import ModeCoverage, mode_coverage
+from flowvi.diagnostics.shifts import Shifts
+from flowvi.diagnostics.verdict import Finding, Limits
+
+__all__ = [
+    "Bound",
+    "Check",
+    "DriftTest",
+    "Finding",
+    "Gradient",
+    "Limits",
+    "ModeCoverage",
+    "Shifts",
+    "check",
+    "drift_test",
+    "effective_sample_size",
+    "elbo",
+    "elbo_gradient",
+    "iw_elbo",
+    "mode_coverage",
+    "pareto_k",
+    "pareto_k_threshold",
+    "resample",
+    "smoothed_log_weights",
+    "to_arviz",
+]

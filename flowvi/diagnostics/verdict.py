@@ -1,0 +1,257 @@
+"""From numbers to words: what is off, which way, by how much, and what to do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from flowvi.diagnostics.drift import DriftTest
+from flowvi.diagnostics.gradient import Gradient
+from flowvi.diagnostics.importance import Bound
+from flowvi.diagnostics.modes import ModeCoverage
+from flowvi.diagnostics.shifts import Shifts
+
+__all__ = [
+    "LARGEST_K",
+    "Finding",
+    "Limits",
+    "advice",
+    "axis_names",
+    "judge_agreement",
+    "judge_bound",
+    "judge_density",
+    "judge_drift",
+    "judge_modes",
+    "judge_shifts",
+]
+
+LARGEST_K = 0.7  # beyond it importance-weighted moments are not to be trusted
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What counts as good.
+
+    Args:
+        mean: largest error of a mean, in posterior standard deviations.
+        sd: largest relative error of a standard deviation.
+        kl: largest gap between the evidence and the ELBO, in nats.
+        direction: largest error along a combination of parameters, in standard deviations.
+        direction_z: least z-score of such an error.
+        mode: largest error of a mode's share, in standard deviations between the modes.
+        unreached: largest log-ratio of the mass of all modes to the mass that the guide sees.
+        dead: largest share of draws without a density under the model.
+    """
+
+    mean: float = 0.1
+    sd: float = 0.1
+    kl: float = 0.5
+    direction: float = 0.25
+    direction_z: float = 5.0
+    mode: float = 0.25
+    unreached: float = 1.0
+    dead: float = 0.005
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is off.
+
+    Args:
+        subject: the parameter, or what else the finding is about.
+        message: one sentence for a reader.
+        size: how far beyond its limit, 1 at the limit.
+        cause: the kind of error; picks the advice.
+    """
+
+    subject: str
+    message: str
+    size: float
+    cause: str
+
+
+def judge_shifts(shifts: Shifts, limits: Limits) -> list[Finding]:
+    """Parameters whose mean or standard deviation is off, worst first."""
+    findings = []
+    for j, label in enumerate(shifts.labels):
+        parts, sizes, causes = [], [], []
+        mean, se = float(shifts.mean[j]), float(shifts.mean_se[j])
+        if abs(mean) > limits.mean and abs(mean) > 2 * se:
+            side = "high" if mean > 0 else "low"
+            parts.append(f"its mean is {abs(mean):.2f} posterior sd too {side} (+- {se:.2f})")
+            sizes.append(abs(mean) / limits.mean)
+            causes.append("mean")
+        log_sd, se = float(shifts.log_sd[j]), float(shifts.log_sd_se[j])
+        if abs(log_sd) > math.log1p(limits.sd) and abs(log_sd) > 2 * se:
+            parts.append(f"its sd is {_percent(log_sd)} (+- {100 * se:.0f} %)")
+            sizes.append(abs(log_sd) / math.log1p(limits.sd))
+            causes.append("narrow" if log_sd < 0 else "wide")
+        if parts:
+            worst = max(range(len(sizes)), key=sizes.__getitem__)
+            message = f"{label}: {' and '.join(parts)}."
+            findings.append(Finding(label, message, sizes[worst], causes[worst]))
+    return sorted(findings, key=lambda f: -f.size)
+
+
+def judge_drift(drift: DriftTest, names: list[str], limits: Limits) -> list[Finding]:
+    """Clear drift along the whitened axes, which single parameters may not show.
+
+    Args:
+        drift: the drift test.
+        names: for every whitened axis, the parameters that it is made of.
+        limits: what counts as good.
+    """
+    shifts = drift.whitened
+    findings = []
+    for j, name in enumerate(names):
+        for value, se, cause in (
+            (float(shifts.mean[j]), float(shifts.mean_se[j]), "mean"),
+            (float(shifts.log_sd[j]), float(shifts.log_sd_se[j]), "spread"),
+        ):
+            if abs(value) > limits.direction and abs(value) > limits.direction_z * se:
+                what = (
+                    f"is off by {abs(value):.2f} sd"
+                    if cause == "mean"
+                    else f"has an sd {_percent(value)}"
+                )
+                message = f"A combination of {name} {what} (+- {se:.2f})."
+                if cause == "spread":
+                    cause = "narrow" if value < 0 else "wide"
+                findings.append(Finding(name, message, abs(value) / limits.direction, cause))
+    return sorted(findings, key=lambda f: -f.size)
+
+
+def judge_bound(elbo: Bound, iw: Bound, num_draws: int, limits: Limits) -> list[Finding]:
+    """Gap between the ELBO and the evidence that the same draws give."""
+    gap = iw.value - elbo.value
+    if not math.isfinite(gap) or gap - 2 * elbo.se <= limits.kl:
+        return []
+    message = (
+        f"The ELBO is {gap:.2f} nats below the bound of {num_draws} draws, so the guide is at "
+        f"least that far (KL) from the posterior; {limits.kl:g} is still fine."
+    )
+    return [Finding("ELBO", message, gap / limits.kl, "gap")]
+
+
+def judge_density(dead: float, limits: Limits) -> list[Finding]:
+    """Draws where the model has no density."""
+    if dead <= limits.dead:
+        return []
+    message = (
+        f"The model has no finite density at {100 * dead:.1f} % of the guide's draws: the guide "
+        "reaches where the model cannot be evaluated."
+    )
+    return [Finding("density", message, dead / limits.dead, "density")]
+
+
+def judge_modes(
+    coverage: ModeCoverage | None, iw: Bound, k: float, limits: Limits
+) -> list[Finding]:
+    """Separated modes that the guide misses or gives a wrong share.
+
+    The mass that the guide's draws see is known only while Pareto k allows it.
+    """
+    if coverage is None:
+        return []
+    findings = []
+    missing = coverage.log_evidence - iw.value
+    if missing > limits.unreached and k <= LARGEST_K:
+        message = (
+            f"The modes found by a search hold exp({missing:.1f}) times the mass that the guide's "
+            "draws see: the guide sits in a minor mode."
+        )
+        findings.append(Finding("modes", message, missing / limits.unreached, "missed mode"))
+    if len(coverage.modes) < 2:
+        return findings
+    for k, shift in enumerate(coverage.shift.tolist()):
+        weight, share = float(coverage.weights[k]), float(coverage.shares[k])
+        if abs(shift) <= limits.mode:
+            continue
+        if share < 0.1 * weight:
+            what = f"is missed: it has about {100 * weight:.0f} % of the posterior"
+            cause = "missed mode"
+        else:
+            what = f"has about {100 * weight:.0f} % of the posterior"
+            cause = "mode share"
+        message = f"Mode {k + 1} of {len(coverage.modes)} {what} and {100 * share:.0f} % of the "
+        findings.append(
+            Finding(f"mode {k + 1}", message + "guide.", abs(shift) / limits.mode, cause)
+        )
+    return sorted(findings, key=lambda f: -f.size)
+
+
+_ADVICE = {
+    "mean": "Train longer or from a warm start; if that does not help, use a richer guide.",
+    "narrow": "The guide is too narrow, as mean-field guides are: do not trust its intervals, "
+    "and use a flow or a full-rank guide.",
+    "wide": "The guide is too wide: train longer, or use a guide with more layers.",
+    "gap": "Marginals may look fine while dependence is wrong: use a flow or a full-rank guide, "
+    "and train longer.",
+    "density": "Look at the model's behaviour for extreme values, or tighten its priors.",
+    "missed mode": "Use a mixture guide with one component per mode, for example AutoMixtureFlow.",
+    "mode share": "Train the weights of a mixture guide longer, or resample the draws by their "
+    "importance weights.",
+    "disagreement": "At least one of the two fits is off: train both longer.",
+}
+
+
+def judge_agreement(agreement: Shifts, limits: Limits) -> list[Finding]:
+    """Whether a second fit has the same means and standard deviations."""
+    findings = []
+    for finding in judge_shifts(agreement, limits):
+        message = f"Two fits disagree about {finding.subject} (against the second: " + (
+            finding.message.split(": ", 1)[1].rstrip(".") + ")."
+        )
+        findings.append(Finding(finding.subject, message, finding.size, "disagreement"))
+    return findings
+
+
+def advice(
+    findings: list[Finding], k: float, threshold: float, gradient: Gradient | None
+) -> list[str]:
+    """Plain advice, each sentence once, worst cause first.
+
+    Args:
+        findings: what is off, worst first.
+        k: Pareto k of the weights.
+        threshold: up to which k weights can be trusted.
+        gradient: gradient of the ELBO, if known.
+    """
+    lines = list(dict.fromkeys(_ADVICE[finding.cause] for finding in findings))
+    if findings and gradient is not None and not gradient.is_noise:
+        ratio = gradient.norm / max(gradient.noise, 1e-300)
+        lines.insert(0, f"The gradient is still {ratio:.1f} times its noise: train longer.")
+    missed = any(finding.cause == "missed mode" for finding in findings)
+    if findings and k <= threshold and not missed:
+        lines.append("Meanwhile the importance-resampled draws are nearer the posterior.")
+    if k > threshold:
+        lines.append(
+            f"Do not use importance weights of this guide (Pareto k {k:.2f} is above "
+            f"{threshold:.2f}): a few draws would carry them."
+        )
+    return lines
+
+
+def axis_names(scale_tril: torch.Tensor, labels: list[str], most: int = 3) -> list[str]:
+    """For every whitened axis the labels that it is mainly made of.
+
+    Axis i is row i of the inverse Cholesky factor applied to the centred coordinates; entries are
+    compared after scaling every coordinate to unit variance.
+    """
+    scale = scale_tril.square().sum(-1).sqrt()
+    eye = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+    rows = torch.linalg.solve_triangular(scale_tril, eye, upper=False) * scale
+    names = []
+    for row in rows.abs():
+        order = row.argsort(descending=True)[:most].tolist()
+        names.append(", ".join(labels[i] for i in order if row[i] > 0.3 * row.max()))
+    return names
+
+
+def _percent(log_ratio: float) -> str:
+    ratio = math.exp(log_ratio)
+    if ratio > 2:
+        return f"{ratio:.1f} times too large"
+    return f"{100 * abs(ratio - 1):.0f} % too {'large' if ratio > 1 else 'small'}"
