@@ -15,7 +15,6 @@ from flowvi.transforms.elementwise import (
     ElementwiseMap,
     ElementwiseTransform,
     check_elementwise,
-    own_grads,
 )
 from flowvi.transforms.splines import RationalQuadratic
 
@@ -81,6 +80,7 @@ class Coupling(FlowTransform):
             elementwise.num_params * len(moved),
             context_dim,
             activation=activation,
+            by_columns=elementwise.prefers_columns,
         )
         joined = torch.argsort(torch.tensor(kept + moved))
         self._num_kept = len(kept)
@@ -110,24 +110,24 @@ class Coupling(FlowTransform):
         if self.input_dim == 1:
             return self.only._call_ladj_and_score(x, score, context)
         keep_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()
-            kept, moved = self._split(x)
-            y, ladj = self.elementwise.call_and_ladj(moved, self._params(kept, context))
-            score_kept, score_moved = self._split(score.detach())
-            # J is block triangular with the diagonal block exp(ladj): solve for the moved part,
-            # then substitute. The gradients below reuse the graph of the value itself.
-            score_moved = (score_moved - own_grads(ladj.sum(), (moved,))[0]) * torch.exp(
-                -ladj.detach()
-            )
-            pulled = own_grads((score_moved * y).sum() + ladj.sum(), (kept,))[0]
-            out = self._join(kept, y)
-            pushed = self._join(score_kept - pulled, score_moved)
-            ladj = ladj.sum(-1)
+        kept, moved = self._split(x)
+        score_kept, score_moved = self._split(score.detach())
+        raw, pull = self.network.forward_with_pullback(kept, context)
+        y, ladj, score_moved, grad = self.elementwise.call_with_score(
+            moved, self._arrange(raw), score_moved
+        )
+        # J is block triangular with the diagonal block exp(ladj): solve for the moved part,
+        # then substitute; the network's share comes back through its own pullback.
+        pulled = pull(grad.transpose(-1, -2).flatten(-2))
+        out = self._join(kept, y)
+        pushed = self._join(score_kept - pulled, score_moved)
+        ladj = ladj.sum(-1)
         return (out, ladj, pushed) if keep_graph else (out.detach(), ladj.detach(), pushed)
 
     def _params(self, kept: Tensor, context: Tensor | None) -> Tensor:
-        raw = self.network(kept, context)
+        return self._arrange(self.network(kept, context))
+
+    def _arrange(self, raw: Tensor) -> Tensor:
         return raw.unflatten(-1, (self.elementwise.num_params, -1)).transpose(-1, -2)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:

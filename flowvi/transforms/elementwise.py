@@ -21,12 +21,16 @@ class ElementwiseMap(abc.ABC):
     It holds no tensors: coupling, autoregressive and elementwise transforms are generic over it.
     Raw parameters are unconstrained, and all zero they give the identity.
 
+    ``is_affine`` maps are all the same in one dimension. A map that ``prefers_columns`` is faster
+    on parameters stored parameter by parameter, each for the whole batch.
+
     Shape:
-        x, y: any shape; params: the same shape with ``(num_params,)`` appended; ladj: like ``x``,
-        in nats. Shapes broadcast.
+        x, y: ``(*batch, dims)``; params: ``(*batch, dims, num_params)``; ladj: like ``x``, in
+        nats. Shapes broadcast.
     """
 
     is_affine = False
+    prefers_columns = False
 
     @property
     @abc.abstractmethod
@@ -40,6 +44,31 @@ class ElementwiseMap(abc.ABC):
     @abc.abstractmethod
     def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``y`` to ``(x, log dx/dy)``, both elementwise."""
+
+    def call_with_score(
+        self, x: Tensor, params: Tensor, score: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""Map ``x`` and the score of its law; what a score recursion needs of one number.
+
+        With :math:`y = f(x; \theta)` and :math:`\ell = \log \partial y/\partial x`,
+
+        .. math:: s_y = (s - \partial_x \ell)\, e^{-\ell}, \qquad
+            g = s_y\, \partial_\theta y + \partial_\theta \ell
+
+        Returns:
+            ``(y, ladj, score of y, g)``; the last two are detached, ``g`` has the shape of
+            ``params``.
+        """
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            params = params if params.requires_grad else params.detach().requires_grad_()
+            # A view, so that its gradient leaves out any way through the network.
+            direct = x.view_as(x)
+            y, ladj = self.call_and_ladj(direct, params)
+            slope = own_grads(ladj.sum(), (direct,))[0]
+            score = (score.detach() - slope) * torch.exp(-ladj.detach())
+            pulled = own_grads((score * y).sum() + ladj.sum(), (params,))[0]
+        return y, ladj, score, pulled
 
     def inverse(self, y: Tensor, params: Tensor) -> Tensor:
         """Map ``y`` to ``x``; cheaper than with the log-derivative where that matters."""
@@ -104,6 +133,19 @@ class Affine(ElementwiseMap):
         shift, log_scale = self._constrain(params)
         return (y - shift) * torch.exp(-log_scale), -log_scale
 
+    def call_with_score(
+        self, x: Tensor, params: Tensor, score: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        shift, log_scale = self._constrain(params)
+        scale = log_scale.exp()
+        y = torch.addcmul(shift, x, scale)
+        with torch.no_grad():
+            # ds/d(raw) = 1 - (s/b)^2, and s_y x exp(s) = score x.
+            bounded = 1 - (log_scale / self.bound).square()
+            pulled = torch.addcmul(bounded, bounded, score * x)
+            score = score / scale
+            return y, log_scale, score, torch.stack([score, pulled], -1)
+
     def _constrain(self, params: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = params.unbind(-1)
         return shift, self.bound * torch.tanh(raw / self.bound)
@@ -123,6 +165,10 @@ class Chain(ElementwiseMap):
         if not maps:
             raise ValueError("`maps` must hold at least one elementwise map; got none.")
         self.maps = maps
+
+    @property
+    def prefers_columns(self) -> bool:
+        return any(m.prefers_columns for m in self.maps)
 
     @property
     def num_params(self) -> int:
@@ -192,11 +238,11 @@ class ElementwiseTransform(FlowTransform):
 
     def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         y, ladj = self.elementwise.call_and_ladj(x, self._params(context))
-        return y, ladj.sum(-1)
+        return y, ladj.sum(-1).expand(y.shape[:-1])
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         x, ladj = self.elementwise.inverse_and_ladj(y, self._params(context))
-        return x, ladj.sum(-1)
+        return x, ladj.sum(-1).expand(x.shape[:-1])
 
     def _call_ladj_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
