@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
+from flowvi import flows
+from flowvi.guides import AmortizedFlow, AutoFlow, AutoMixtureFlow, AutoPlateFlow
 from flowvi.transforms import (
     ActNorm,
     Additive,
@@ -45,7 +49,7 @@ class Case:
         context_dim: length of the context vector; 0 for none.
         jacobian: for maps with a declared zero pattern, one string per row of the Jacobian:
             "0" is exactly zero, "1" is not.
-        no_gradient: endings of the names of parameters that are without effect by construction.
+        no_gradient: names of parameters that are without effect by construction.
         float32: whether the float32 round trip is promised (spline and affine maps).
     """
 
@@ -85,7 +89,7 @@ def _composed(context_dim: int = 0) -> Compose:
 
 
 def _user_map(context_dim: int = 0) -> Compose:
-    return Compose([Planar(2, context_dim), LULinear(2), Planar(2, context_dim)])
+    return Compose([Planar(2, context_dim), LULinear(2)])
 
 
 TRANSFORMS: dict[str, Case] = {
@@ -101,7 +105,9 @@ TRANSFORMS: dict[str, Case] = {
     "lu, permuted": Case(lambda: LULinear(3, permutation=(2, 0, 1)), 3, float32=True),
     "lu, context": Case(lambda: LULinear(3, 2), 3, 2, float32=True),
     "householder": Case(lambda: Householder(4, 3), 4, float32=True),
-    "householder, 1-D": Case(lambda: Householder(1), 1, no_gradient=("",), float32=True),
+    "householder, 1-D": Case(
+        lambda: Householder(1), 1, no_gradient=("raw.vectors",), float32=True
+    ),
     "householder, context": Case(lambda: Householder(3, 2, 2), 3, 2, float32=True),
     "permutation": Case(lambda: Permutation.random(4, seed=1), 4, float32=True),
     "permutation, reversal": Case(lambda: Permutation.reverse(3), 3, 0, ("001", "010", "100")),
@@ -220,6 +226,26 @@ TRANSFORMS: dict[str, Case] = {
     "inverse": Case(lambda: Inverse(_composed()), 3, float32=True),
 }
 
-FLOWS: dict[str, Case] = {}
-GUIDES: dict[str, Case] = {}
+FLOWS: dict[str, Case] = {
+    f"{recipe}, {dim}-D{', context' if context_dim else ''}": Case(
+        partial(getattr(flows, recipe), dim, context_dim), dim, context_dim
+    )
+    for recipe in flows.__all__
+    for dim, context_dim in ((1, 0), (1, 2), (2, 0), (4, 0), (4, 2))
+}
+_narrow = partial(flows.realnvp, num_layers=2, hidden_dims=(8,))
+
+
+def _encoder() -> nn.Module:
+    """Contexts of length 4 for scalar observations ``(items,)``."""
+    return nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+GUIDES: dict[str, Case] = {
+    "amortised": Case(lambda model: AmortizedFlow(model, _encoder(), _narrow, _narrow)),
+    "joint": Case(partial(AutoFlow, recipe=_narrow)),
+    "joint, spline": Case(partial(AutoFlow, recipe=partial(flows.nsf, num_layers=2))),
+    "mixture": Case(partial(AutoMixtureFlow, recipe=_narrow)),
+    "plates": Case(partial(AutoPlateFlow, recipe=_narrow, local_recipe=_narrow)),
+}
 OBJECTIVES: dict[str, Case] = {}
