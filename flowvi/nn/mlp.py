@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch
 from torch import Tensor, nn
 
 __all__ = ["MLP"]
@@ -80,12 +79,6 @@ class MLP(nn.Module):
             h = linear_by_columns(h, layer.weight, layer.bias) if by_columns else layer(h)
         return h
 
-
-def linear_by_columns(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear map whose output is stored column by column."""
-    out = torch.addmm(bias[:, None], weight, x.reshape(-1, x.shape[-1]).t())
-    return out.reshape(-1, *x.shape[:-1]).movedim(0, -1)
-
     def forward_with_pullback(
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -121,6 +114,12 @@ def linear_by_columns(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             x = x if x.requires_grad else x.detach().requires_grad_()
             h = self(x, context)
         return h, lambda grad: torch.autograd.grad(h, x, grad, retain_graph=True)[0]
+
+
+def linear_by_columns(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear map whose output is stored column by column."""
+    out = torch.addmm(bias[:, None], weight, x.reshape(-1, x.shape[-1]).t())
+    return out.reshape(-1, *x.shape[:-1]).movedim(0, -1)
 
 
 # Derivative of an activation as a function of its value.
