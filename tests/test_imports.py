@@ -56,11 +56,13 @@ class Import:
         file: the importing file, relative to the package.
         module: dotted name of what is imported.
         deferred: whether it happens inside a function.
+        typing: whether only a type checker sees it.
     """
 
     file: str
     module: str
-    deferred: bool
+    deferred: bool = False
+    typing: bool = False
 
     @property
     def part(self) -> str:
@@ -74,20 +76,21 @@ def imports_of(path: Path, source: str | None = None) -> list[Import]:
     package = ["flowvi", *path.relative_to(ROOT).parent.parts]
     found = [Import(name, m, True) for m in CALLED.findall(source)]
 
-    def visit(node: ast.AST, deferred: bool) -> None:
+    def visit(node: ast.AST, deferred: bool, typing: bool) -> None:
         if isinstance(node, ast.Import):
-            found.extend(Import(name, a.name, deferred) for a in node.names)
+            found.extend(Import(name, a.name, deferred, typing) for a in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             stem = ".".join([*base, *([node.module] if node.module else [])])
             # `from flowvi import guides` imports a part as well.
             names = [f"{stem}.{a.name}" for a in node.names] if stem == "flowvi" else [stem]
-            found.extend(Import(name, m, deferred) for m in names)
-        inside = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            found.extend(Import(name, m, deferred, typing) for m in names)
+        deferred |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing |= isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for child in ast.iter_child_nodes(node):
-            visit(child, inside)
+            visit(child, deferred, typing)
 
-    visit(ast.parse(source), False)
+    visit(ast.parse(source), False, False)
     return found
 
 
@@ -103,7 +106,9 @@ def violations(found: list[Import]) -> list[str]:
             continue
         if (item.file, ".".join(pieces[:2])) == DEFERRED_UPWARD and item.deferred:
             continue
-        downward = target in LEVEL and LEVEL[target] < LEVEL[item.part]
+        # A neighbour may be named in an annotation, which imports nothing.
+        least = LEVEL[item.part] + item.typing
+        downward = target in LEVEL and LEVEL[target] < least
         if not downward or (item.part, target) in FORBIDDEN:
             out.append(f"{item.file} imports {item.module}")
     return out
@@ -139,6 +144,9 @@ def test_imports_go_downwards():
         ("infer/result.py", "def f():\n    from flowvi.diagnostics import check", False),
         ("infer/result.py", "from flowvi.diagnostics import check", True),
         ("infer/fit.py", "def f():\n    from flowvi.diagnostics import check", True),
+        ("plots.py", "from flowvi.diagnostics import Shifts", True),
+        ("plots.py", "if TYPE_CHECKING:\n    from flowvi.diagnostics import Shifts", False),
+        ("guides/x.py", "if TYPE_CHECKING:\n    from flowvi.infer import Fit", True),
         ("diagnostics/x.py", "import importlib\nimportlib.import_module('flowvi.plots')", True),
     ],
 )
