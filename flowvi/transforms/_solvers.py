@@ -9,17 +9,21 @@ from torch import Tensor
 
 __all__ = ["all_true", "damped_newton", "increasing_root", "require_solved"]
 
-MAX_STEPS = 100
-MAX_HALVINGS = 16
+MAX_ROOT_STEPS = 100
+MAX_NEWTON_STEPS = 300
+MAX_HALVINGS = 20
+MIN_LENGTH = 1e-8
 
 
 def all_true(mask: Tensor) -> bool | None:
     """Whether a mask is true everywhere; None where values cannot be looked at.
 
-    That is so on the meta device, inside ``torch.vmap`` and while ``torch.compile`` traces; the
-    solvers then take their full number of steps.
+    That is so inside ``torch.vmap`` and while ``torch.compile`` traces; the solvers then take
+    their full number of steps. On the meta device, without values, everything counts as true.
     """
-    if mask.is_meta or torch.compiler.is_compiling():
+    if mask.is_meta:
+        return True
+    if torch.compiler.is_compiling():
         return None
     try:
         return bool(mask.all())
@@ -68,7 +72,7 @@ def increasing_root(
     eps = torch.finfo(lower.dtype).eps
     v = (lower + upper) / 2
     previous = before = upper - lower
-    for _ in range(MAX_STEPS):
+    for _ in range(MAX_ROOT_STEPS):
         value, slope = function(v)
         lower = torch.where(value <= 0, v, lower)
         upper = torch.where(value >= 0, v, upper)
@@ -90,49 +94,47 @@ def damped_newton(
 ) -> tuple[Tensor, Tensor]:
     """Solution of ``function(x) = target`` row by row, and the Jacobian there.
 
-    Backtracking on the residual's norm. A smooth invertible map has an invertible Jacobian
-    everywhere, so the norm has no stationary point but the solution.
+    Newton steps, shortened until the simplified Newton step that would follow is what a linear
+    map would leave, to half its change. The test does not change under linear maps of the
+    target, so the iterates follow the path whose image is a straight line to the target, also
+    through curved and narrow valleys in which a test on the residual would force tiny steps.
 
     Args:
         function: maps ``(n, d)`` to ``(n, d)``, each row by itself.
         target: ``(n, d)``.
         start: first guess ``(n, d)``.
+
+    References:
+        Deuflhard (2004), Newton methods for nonlinear problems, restricted natural
+        monotonicity (section 3.3).
     """
     small = 4 * torch.finfo(target.dtype).eps * (1 + target.norm(dim=-1))
-    x = start
-    value, jacobian = _value_and_jacobian(function, x)
-    norm = (value - target).norm(dim=-1)
-    stalled = torch.zeros_like(norm, dtype=torch.bool)
-    for _ in range(MAX_STEPS):
-        if all_true(~(norm > small) | stalled):
-            break
-        step = _newton_step(jacobian, target - value)
-        x, improved = _backtrack(function, target, x, step, norm)
+    x, length = start, torch.ones_like(small)
+    for _ in range(MAX_NEWTON_STEPS):
         value, jacobian = _value_and_jacobian(function, x)
         norm = (value - target).norm(dim=-1)
-        stalled = ~improved
+        # Rows that have arrived, or whose step has been cut to nothing, are finished.
+        if all_true(~(norm > small) | (length < MIN_LENGTH)):
+            break
+        step = _solve_rows(jacobian, target - value)
+        size = step.norm(dim=-1)
+        length = (4 * length).clamp_max(1.0)
+        for _ in range(MAX_HALVINGS):
+            trial = x + length.unsqueeze(-1) * step
+            residual = target - function(trial)
+            left = _solve_rows(jacobian, residual)
+            off = (left - (1 - length).unsqueeze(-1) * step).norm(dim=-1)
+            near = off <= 0.5 * length * size
+            good = near | (residual.norm(dim=-1) <= small) | (norm <= small)
+            if all_true(good):
+                break
+            length = torch.where(good, length, length / 2)
+        x = torch.where((norm > small).unsqueeze(-1), trial, x)
     return x, jacobian
 
 
-def _newton_step(jacobian: Tensor, residual: Tensor) -> Tensor:
-    step = torch.linalg.solve_ex(jacobian, residual.unsqueeze(-1))[0].squeeze(-1)
-    descent = (jacobian.mT @ residual.unsqueeze(-1)).squeeze(-1)
-    return torch.where(step.isfinite().all(-1, keepdim=True), step, descent)
-
-
-def _backtrack(
-    function: Callable[[Tensor], Tensor], target: Tensor, x: Tensor, step: Tensor, norm: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Halve each row's step until its residual shrinks; rows that never do stay."""
-    found, improved = x, torch.zeros_like(norm, dtype=torch.bool)
-    for k in range(MAX_HALVINGS):
-        trial = x + step / 2**k
-        better = (function(trial) - target).norm(dim=-1) < norm
-        found = torch.where((better & ~improved).unsqueeze(-1), trial, found)
-        improved = improved | better
-        if all_true(improved):
-            break
-    return found, improved
+def _solve_rows(jacobian: Tensor, rows: Tensor) -> Tensor:
+    return torch.linalg.solve_ex(jacobian, rows.unsqueeze(-1))[0].squeeze(-1)
 
 
 def _value_and_jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

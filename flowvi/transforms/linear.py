@@ -100,10 +100,10 @@ def _check_factor(scale_tril: Tensor) -> None:
 
 
 class TriangularAffine(FlowTransform):
-    r"""Trainable affine map :math:`y = \ell + L x`, with :math:`L` lower triangular.
+    r"""Trainable affine map :math:`y = \ell + e^{s} \odot N x`, :math:`N` unit lower triangular.
 
-    The diagonal is the exponential of a free log-scale. It is the identity at the start. With a
-    context, location and scale are shifted by a network of it.
+    The scale multiplies whole rows, so a small scale does not make the inverse ill-conditioned.
+    It is the identity at the start. With a context, a network of it shifts all three.
 
     Args:
         input_dim: number of dimensions, at least 1.
@@ -135,42 +135,47 @@ class TriangularAffine(FlowTransform):
         self.raw = RawParameters(start, context_dim, hidden_dims)
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Location, log-scale and the unit triangular factor."""
         loc, log_scale, *lower = self.raw(context)
-        if not lower:
-            return loc, log_scale, log_scale.exp().unsqueeze(-1)
-        return loc, log_scale, triangular(lower[0], log_scale.exp(), upper=False)
+        return loc, log_scale, _unit(lower, log_scale, upper=False)
 
     def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        loc, log_scale, scale_tril = self._parts(context)
-        y = loc + matvec(scale_tril, x)
+        loc, log_scale, factor = self._parts(context)
+        y = loc + log_scale.exp() * matvec(factor, x)
         return y, log_diagonal(log_scale, y)
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        loc, log_scale, scale_tril = self._parts(context)
-        x = solve(scale_tril, y - loc, upper=False)
+        loc, log_scale, factor = self._parts(context)
+        x = solve(factor, (y - loc) * (-log_scale).exp(), upper=False)
         return x, -log_diagonal(log_scale, x)
 
     def _call_ladj_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loc, log_scale, scale_tril = self._parts(context)
-        y = loc + matvec(scale_tril, x)
-        pushed = solve(scale_tril.detach().mT, score.detach(), upper=True)
-        return y, log_diagonal(log_scale, y), pushed
+        loc, log_scale, factor = self._parts(context)
+        y = loc + log_scale.exp() * matvec(factor, x)
+        pushed = solve(factor.detach().mT, score.detach(), upper=True)
+        return y, log_diagonal(log_scale, y), pushed * (-log_scale.detach()).exp()
+
+
+def _unit(strict: list[Tensor], log_scale: Tensor, *, upper: bool) -> Tensor:
+    """Unit triangular factor; one dimension has no strict triangle."""
+    square = strict[0] if strict else torch.zeros_like(log_scale).unsqueeze(-1)
+    return triangular(square, torch.ones_like(log_scale), upper=upper)
 
 
 class LULinear(FlowTransform):
-    r"""Affine map :math:`y = \ell + P L U x` with an LU-factored matrix.
+    r"""Affine map :math:`y = \ell + P L e^{s} U x` with an LU-factored matrix.
 
-    :math:`P` is a fixed permutation, :math:`L` unit lower and :math:`U` upper triangular with a
-    positive diagonal. Value and inverse cost one matrix product or two triangular solves. It
-    starts as the permutation :math:`P`, hence as the identity by default.
+    :math:`P` is a fixed permutation, :math:`L` unit lower and :math:`U` unit upper triangular,
+    with a positive diagonal :math:`e^s` between them. Value and inverse cost two triangular
+    products or solves. It starts as the permutation :math:`P`, the identity by default.
 
     Args:
         input_dim: number of dimensions, at least 1.
         context_dim: length of the context vector; 0 learns one matrix.
-        permutation: the fixed reordering, as ``y[i] = (L U x)[permutation[i]]``; the identity
-            if left out.
+        permutation: the fixed reordering, as ``y[i] = (L e^s U x)[permutation[i]]``;
+            the identity if left out.
         hidden_dims: widths of the context network's hidden layers; empty makes it linear.
 
     Shape:
@@ -214,30 +219,32 @@ class LULinear(FlowTransform):
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Location, log-scale, L and U; one square tensor holds both strict triangles."""
-        loc, log_scale, *factors = self.raw(context)
-        square = factors[0] if factors else torch.zeros_like(log_scale).unsqueeze(-1)
-        lower = triangular(square, torch.ones_like(log_scale), upper=False)
-        return loc, log_scale, lower, triangular(square, log_scale.exp(), upper=True)
+        loc, log_scale, *strict = self.raw(context)
+        lower, upper = (_unit(strict, log_scale, upper=side) for side in (False, True))
+        return loc, log_scale, lower, upper
 
     def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         loc, log_scale, lower, upper = self._parts(context)
-        y = loc + matvec(lower, matvec(upper, x))[..., self.order]
+        mixed = matvec(lower, log_scale.exp() * matvec(upper, x))
+        y = loc + mixed[..., self.order]
         return y, log_diagonal(log_scale, y)
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         loc, log_scale, lower, upper = self._parts(context)
         mixed = (y - loc)[..., self.inverse_order]
-        x = solve(upper, solve(lower, mixed, upper=False), upper=True)
+        scaled = solve(lower, mixed, upper=False) * (-log_scale).exp()
+        x = solve(upper, scaled, upper=True)
         return x, -log_diagonal(log_scale, x)
 
     def _call_ladj_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loc, log_scale, lower, upper = self._parts(context)
-        y = loc + matvec(lower, matvec(upper, x))[..., self.order]
-        half = solve(upper.detach().mT, score.detach(), upper=False)
-        pushed = solve(lower.detach().mT, half, upper=True)[..., self.order]
-        return y, log_diagonal(log_scale, y), pushed
+        y, ladj = self._call_and_ladj(x, context)
+        with torch.no_grad():
+            _, log_scale, lower, upper = self._parts(context)
+            half = solve(upper.mT, score, upper=False) * (-log_scale).exp()
+            pushed = solve(lower.mT, half, upper=True)[..., self.order]
+        return y, ladj, pushed
 
 
 class Householder(FlowTransform):

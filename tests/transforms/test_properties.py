@@ -131,10 +131,11 @@ def test_float32_round_trip_with_large_weights(name: str) -> None:
     case, transform = build(name, drawn=False)
     with torch.no_grad():
         for parameter in transform.parameters():
-            if not parameter.any():
-                # What starts at zero gets the spread of an ordinary linear layer first.
+            # What starts at zero gets the spread of an ordinary linear layer instead.
+            if parameter.any():
+                parameter.mul_(3)
+            else:
                 parameter.uniform_(-1, 1).mul_(parameter.shape[-1] ** -0.5)
-            parameter.mul_(3)
     transform.float()
     x = torch.randn(500, case.input_dim).float()
     context = None if case.context_dim == 0 else context_of(case, 500).float()
@@ -188,7 +189,7 @@ def test_density_integrates_to_one_in_2d(name: str, drawn: bool) -> None:
     flow = Flow(transform)(context)
     draws = flow.sample((2000,))
     middle, spread = draws.mean(0), draws.std(0)
-    axes = [torch.linspace(-8, 8, 241) * s + m for m, s in zip(middle, spread, strict=True)]
+    axes = [torch.linspace(-7, 7, 401) * s + m for m, s in zip(middle, spread, strict=True)]
     grid = torch.cartesian_prod(*axes)
     cell = (axes[0][1] - axes[0][0]) * (axes[1][1] - axes[1][0])
     assert abs(flow.log_prob(grid).exp().sum() * cell - 1) < 1e-3
@@ -202,24 +203,20 @@ def missing_gradients(case: Case, transform: FlowTransform, loss: Tensor) -> lis
     loss.backward()
     missing = []
     for name, parameter in transform.named_parameters():
-        assert parameter.grad is None or parameter.grad.isfinite().all(), name
-        if (parameter.grad is None or not parameter.grad.any()) and not name.endswith(
-            case.no_gradient or ("\0",)
-        ):
+        given = parameter.grad is not None and bool(parameter.grad.any())
+        assert not given or parameter.grad.isfinite().all(), name
+        if not given and name not in case.no_gradient:
             missing.append(name)
     return missing
 
 
-@every
+@pytest.mark.parametrize("name", [n for n in NAMES if list(TRANSFORMS[n].make().parameters())])
 def test_every_parameter_learns(name: str) -> None:
     case, transform = build(name, drawn=True)
     flow = Flow(transform, SkewBase(case.input_dim))
     context = context_of(case, 8)
-    q = flow(context)
-    y = q.rsample(() if case.context_dim else (8,))
-    assert not missing_gradients(case, transform, (torch.randn_like(y) * y).sum()) or not list(
-        transform.parameters()
-    )
+    y = flow(context).rsample(() if case.context_dim else (8,))
+    assert not missing_gradients(case, transform, (torch.randn_like(y) * y).sum())
     data = y.detach() + 0.01
     assert not missing_gradients(case, transform, flow(context).log_prob(data).sum())
 
@@ -229,11 +226,13 @@ def test_every_parameter_learns(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if TRANSFORMS[n].jacobian])
 def test_zero_pattern(name: str) -> None:
-    case, transform = build(name, drawn=True)
-    x = torch.randn(10, case.input_dim)
-    jacobians = torch.stack([torch.autograd.functional.jacobian(transform, row) for row in x])
-    expected = torch.tensor([[c == "1" for c in row] for row in case.jacobian])
-    assert torch.equal((jacobians != 0).any(0), expected)
+    case = TRANSFORMS[name]
+    found = torch.zeros(case.input_dim, case.input_dim, dtype=torch.bool)
+    for _ in range(10):
+        transform = build(name, drawn=True)[1]
+        for row in torch.randn(3, case.input_dim):
+            found |= torch.autograd.functional.jacobian(transform, row) != 0
+    assert torch.equal(found, torch.tensor([[c == "1" for c in row] for row in case.jacobian]))
 
 
 # 8. Context.
