@@ -12,6 +12,7 @@ from torch import nn
 
 from flowvi import flows
 from flowvi.guides import AmortizedFlow, AutoFlow, AutoMixtureFlow, AutoPlateFlow
+from flowvi.objectives import ELBO, STL
 from flowvi.transforms import (
     ActNorm,
     Additive,
@@ -248,4 +249,11 @@ GUIDES: dict[str, Case] = {
     "mixture": Case(partial(AutoMixtureFlow, recipe=_narrow)),
     "plates": Case(partial(AutoPlateFlow, recipe=_narrow, local_recipe=_narrow)),
 }
-OBJECTIVES: dict[str, Case] = {}
+OBJECTIVES: dict[str, Case] = {
+    "elbo": Case(ELBO),
+    "elbo, loop": Case(partial(ELBO, vectorize_particles=False)),
+    "stl": Case(STL),
+    "stl, antithetic": Case(partial(STL, antithetic=True)),
+    "stl, clipped": Case(partial(STL, clip_factor=50.0)),
+    "stl, loop": Case(partial(STL, vectorize_particles=False)),
+}
