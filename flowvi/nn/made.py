@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowvi.nn.mlp import check_sizes
+from flowvi.nn.mlp import check_sizes, linear_by_columns
 
 __all__ = ["MADE"]
 
@@ -31,6 +31,7 @@ class MADE(nn.Module):
         order: a permutation of ``range(D)``, first variable first; natural order if left out.
         activation: makes the elementwise nonlinearity between layers.
         zero_last: start the last layer at zero, so that the output starts at zero.
+        by_columns: store the output column by column, as in :class:`MLP`.
 
     Shape:
         x: ``(*batch, D)``; context: ``(*batch, context_dim)``, broadcast against the batch of
@@ -58,6 +59,7 @@ class MADE(nn.Module):
         order: Sequence[int] | None = None,
         activation: Callable[[], nn.Module] = nn.ReLU,
         zero_last: bool = True,
+        by_columns: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(input_dim, hidden_dims, param_dim, context_dim)
@@ -72,6 +74,7 @@ class MADE(nn.Module):
             _hidden_degrees(width, input_dim, context_dim > 0) for width in hidden_dims
         )
         self.activation = activation()
+        self.by_columns = by_columns
         self._is_ordered = order == list(range(input_dim))
         rank = torch.empty(input_dim, dtype=torch.long)
         rank[torch.tensor(order)] = torch.arange(input_dim)
@@ -102,9 +105,14 @@ class MADE(nn.Module):
         if self.context_dim:
             h = h + self.context_layer(context)
         hidden = []
-        for layer in self.layers[1:]:
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers[1:], 1):
             hidden.append(h)
-            h = layer(self.activation(h))
+            h = self.activation(h)
+            if self.by_columns and i == last:
+                h = linear_by_columns(h, layer.masked_weight(), layer.bias)
+            else:
+                h = layer(h)
         return h.unflatten(-1, (self.param_dim, self.input_dim)).transpose(-1, -2), hidden
 
     @property

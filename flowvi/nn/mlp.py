@@ -69,15 +69,7 @@ class MLP(nn.Module):
                 nn.init.zeros_(self.context_layer.weight)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.layers[0](x)
-        if self.context_dim:
-            h = h + self.context_layer(context)
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers[1:], 1):
-            h = self.activation(h)
-            by_columns = self.by_columns and i == last
-            h = linear_by_columns(h, layer.weight, layer.bias) if by_columns else layer(h)
-        return h
+        return self._forward_with_hidden(x, context)[0]
 
     def forward_with_pullback(
         self, x: Tensor, context: Tensor | None = None
@@ -90,14 +82,7 @@ class MLP(nn.Module):
         slope = _SLOPES.get(type(self.activation))
         if slope is None:
             return self._forward_with_autograd(x, context)
-        h = self.layers[0](x)
-        if self.context_dim:
-            h = h + self.context_layer(context)
-        hidden = []
-        for layer in self.layers[1:]:
-            h = self.activation(h)
-            hidden.append(h)
-            h = layer(h)
+        h, hidden = self._forward_with_hidden(x, context)
 
         @torch.no_grad()
         def pull(grad: Tensor) -> Tensor:
@@ -106,6 +91,20 @@ class MLP(nn.Module):
             return grad @ self.layers[0].weight
 
         return h, pull
+
+    def _forward_with_hidden(
+        self, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        h = self.layers[0](x)
+        if self.context_dim:
+            h = h + self.context_layer(context)
+        hidden = []
+        for layer in self.layers[1:]:
+            h = self.activation(h)
+            hidden.append(h)
+            by_columns = self.by_columns and len(hidden) == len(self.layers) - 1
+            h = linear_by_columns(h, layer.weight, layer.bias) if by_columns else layer(h)
+        return h, hidden
 
     def _forward_with_autograd(
         self, x: Tensor, context: Tensor | None

@@ -78,6 +78,7 @@ class Autoregressive(FlowTransform):
             context_dim,
             order=order,
             activation=activation,
+            by_columns=elementwise.prefers_columns,
         )
         self._starts = self.network.starts
 
@@ -145,7 +146,7 @@ class Autoregressive(FlowTransform):
             ],
             (columns[1], thetas[1]),
         )
-        return network.unsort(pushed, 0).t().unflatten(0, batch)
+        return network.unsort(pushed, 0).t().reshape(*batch, -1)
 
     def _inverse_by_steps(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Inverse that computes each hidden unit once, when it becomes known."""
@@ -157,7 +158,8 @@ class Autoregressive(FlowTransform):
         x, theta = Inversion.apply(spec, columns, *itertools.chain.from_iterable(layers))
         by_param = theta.unflatten(0, (self.input_dim, -1)).transpose(1, 2)
         ladj = self.elementwise.call_and_ladj(x, by_param)[1].sum(0)
-        return network.unsort(x, 0).t().contiguous().unflatten(0, batch), -ladj.unflatten(0, batch)
+        x = network.unsort(x, 0).t().contiguous()
+        return x.reshape(*batch, -1), -ladj.reshape(batch)
 
     def _inverse_by_passes(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Inverse by ``input_dim`` full passes: each makes one more dimension right.

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from flowvi.transforms.elementwise import ElementwiseMap
 
@@ -26,6 +25,11 @@ class RationalQuadratic(ElementwiseMap):
     parameters are ``num_bins`` widths, ``num_bins`` heights and ``num_bins - 1`` inner slopes.
     Inputs are clamped to the box before the arithmetic: far inputs give no overflow.
 
+    So that the inverse stays well conditioned in single precision, no bin is smaller than 0.3
+    of an even one, and the slope at an inner knot is the harmonic mean of the mean slopes of its
+    two bins times a factor between ``exp(-1)`` and ``exp(1)``. (A slope far above those of its
+    bins would make the middle of the bins nearly flat.)
+
     Args:
         num_bins: number of bins, at least 2.
         bound: half-width of the box, positive.
@@ -40,6 +44,7 @@ class RationalQuadratic(ElementwiseMap):
 
     num_bins: int = 8
     bound: float = 5.0
+    prefers_columns = True
 
     def __post_init__(self) -> None:
         if self.num_bins < 2:
@@ -52,65 +57,81 @@ class RationalQuadratic(ElementwiseMap):
         return 3 * self.num_bins - 1
 
     def call_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        inner = x.clamp(-self.bound, self.bound)
+        inner, params = _columns(x.clamp(-self.bound, self.bound), params)
         x0, w, y0, h, d0, d1 = self._bin(inner, params, search_heights=False)
-        xi = (inner - x0) / w
-        y, log_slope = _segment(xi, w, y0, h, d0, d1)
-        inside = x.abs() < self.bound
-        return torch.where(inside, y, x), torch.where(inside, log_slope, 0.0)
+        y, log_slope = _segment((inner - x0) / w, w, y0, h, d0, d1)
+        return self._outside(x, y, log_slope)
 
     def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        inner = y.clamp(-self.bound, self.bound)
+        inner, params = _columns(y.clamp(-self.bound, self.bound), params)
         x0, w, y0, h, d0, d1 = self._bin(inner, params, search_heights=True)
         s = h / w
         eta = inner - y0
-        curve = d0 + d1 - 2 * s
-        a = h * (s - d0) + eta * curve
-        b = h * d0 - eta * curve
+        bent = eta * (d0 + d1 - 2 * s)
+        a = h * (s - d0) + bent
+        b = h * d0 - bent
         c = s * eta
         # The root in [0, 1] in the form that does not cancel; where b < 0, a > h s > 0.
         q = b.abs() + torch.sqrt((b * b + 4 * a * c).clamp_min(0.0))
         positive = b >= 0
         xi = torch.where(positive, 2 * c, q) / torch.where(positive, q, 2 * a)
-        x = x0 + xi * w
         log_slope = _segment(xi, w, y0, h, d0, d1)[1]
-        inside = y.abs() < self.bound
-        return torch.where(inside, x, y), torch.where(inside, -log_slope, 0.0)
+        return self._outside(y, x0 + xi * w, -log_slope)
+
+    def _outside(self, value: Tensor, result: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the identity outside the box, and the dimensions back into the last place."""
+        inside = value.abs() < self.bound
+        result, ladj = result.movedim(0, -1), ladj.movedim(0, -1)
+        return torch.where(inside, result, value), torch.where(inside, ladj, 0.0)
 
     def _bin(self, value: Tensor, params: Tensor, *, search_heights: bool) -> tuple[Tensor, ...]:
         """Left knot, width, lower knot, height and end slopes of the bin that holds ``value``."""
         k = self.num_bins
-        # Bins first: each step below then works on whole contiguous slices.
-        params = params[(None,) * (value.dim() + 1 - params.dim())]
-        widths, heights, slopes = params.movedim(-1, 0).split((k, k, k - 1))
+        raw_widths, raw_heights, raw_slopes = params.split((k, k, k - 1))
+        widths, heights = _shares(raw_widths), _shares(raw_heights)
         xs, ys = self._knots(widths), self._knots(heights)
         index = (value >= (ys if search_heights else xs)[1:-1]).sum(0, keepdim=True)
-        shape = index.shape[1:]
 
         def pick(table: Tensor, offset: int = 0) -> Tensor:
-            return table.expand(table.shape[0], *shape).gather(0, index + offset).squeeze(0)
+            return table.expand(-1, *index.shape[1:]).gather(0, index + offset).squeeze(0)
 
+        steepness = widths / heights
+        # Sum of the inverse slopes of the bins beside each knot; 2 makes the end slopes 1.
+        beside = _pad(steepness[1:] + steepness[:-1], 2.0)
+        raw_slopes = _pad(raw_slopes, 0.0)
+        d0, d1 = (
+            2 * torch.exp(torch.tanh(pick(raw_slopes, side))) / pick(beside, side)
+            for side in (0, 1)
+        )
         x0, y0 = pick(xs), pick(ys)
-        slopes = F.pad(slopes.flatten(1), (0, 0, 1, 1)).unflatten(1, slopes.shape[1:])
-        d0, d1 = (_slope(pick(slopes, offset)) for offset in (0, 1))
         return x0, pick(xs, 1) - x0, y0, pick(ys, 1) - y0, d0, d1
 
-    def _knots(self, raw: Tensor) -> Tensor:
+    def _knots(self, shares: Tensor) -> Tensor:
         """The ``num_bins + 1`` knots of one axis, the ends exactly on the box."""
-        share = _MIN_SHARE / self.num_bins + (1 - _MIN_SHARE) * torch.softmax(raw, 0)
-        inner = 2 * self.bound * torch.cumsum(share[:-1], 0) - self.bound
+        inner = 2 * self.bound * torch.cumsum(shares[:-1], 0) - self.bound
         end = inner.new_full((1, *inner.shape[1:]), self.bound)
         return torch.cat([-end, inner, end])
 
 
-# Guards that keep the inverse well conditioned: the least bin as a share of an even one, and the
-# largest log-slope at a knot (the same as the default of the affine map).
-_MIN_SHARE = 0.05
-_MAX_LOG_SLOPE = 4.0
+_MIN_SHARE = 0.3  # least size of a bin, as a share of an even one
 
 
-def _slope(raw: Tensor) -> Tensor:
-    return torch.exp(_MAX_LOG_SLOPE * torch.tanh(raw / _MAX_LOG_SLOPE))
+def _columns(value: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with dimensions first (parameters: bins, dimensions), so that slices are contiguous."""
+    params = params[(None,) * (value.dim() + 1 - params.dim())]
+    value = value[(None,) * (params.dim() - 1 - value.dim())]
+    return value.movedim(-1, 0).contiguous(), params.movedim((-1, -2), (0, 1)).contiguous()
+
+
+def _shares(raw: Tensor) -> Tensor:
+    # Half the raw numbers: the bins then follow a network's output more gently, which keeps the
+    # rounding errors of stacked and autoregressive splines from growing.
+    return _MIN_SHARE / raw.shape[0] + (1 - _MIN_SHARE) * torch.softmax(0.5 * raw, 0)
+
+
+def _pad(inner: Tensor, value: float) -> Tensor:
+    end = inner.new_full((1, *inner.shape[1:]), value)
+    return torch.cat([end, inner, end])
 
 
 def _segment(
