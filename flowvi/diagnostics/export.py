@@ -110,9 +110,8 @@ def _dimensions(
     first = {name: value[0] for name, value in draws.values.items()}
     with torch.no_grad(), pyro.validation_enabled(False):
         trace = poutine.trace(poutine.condition(model, data=first)).get_trace(*args, **kwargs)
-    names = [*target.sites, *target.observed]
     dims, coords = {}, {}
-    for name in names:
+    for name in [*target.sites, *target.observed]:
         site = trace.nodes[name]
         batch, event = site["fn"].batch_shape, site["fn"].event_shape
         plates = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
@@ -122,8 +121,6 @@ def _dimensions(
             if frame is None or size != frame.size:
                 dims[name].append(f"{name}_dim_{position}")
                 continue
-            # A dimension must not have the name of a variable.
-            axis = f"{frame.name}_dim" if frame.name in names else frame.name
-            dims[name].append(axis)
-            coords[axis] = np.arange(size)
+            dims[name].append(frame.name)
+            coords[frame.name] = np.arange(size)
     return dims, coords

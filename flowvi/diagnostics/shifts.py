@@ -24,7 +24,7 @@ __all__ = [
 # Importance weights underestimate their own error a little; a floor keeps a lucky estimate from
 # overruling the chains entirely.
 _LEAST_ERROR = 0.005
-_CLASH = 3.0
+_CLASH = 4.0
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def sample_shifts(labels: list[str], first: Tensor, second: Tensor) -> Shifts:
 def combine_shifts(chains: Shifts, importance: Shifts) -> Shifts:
     """Weighted mean of two estimates by their inverse variance.
 
-    Where the two contradict each other by more than three standard errors, one of them is blind
+    Where the two contradict each other by more than four standard errors, one of them is blind
     (chains that hardly mix, weights without draws in a tail), and both then err towards no shift;
     the one with the clearer shift is taken.
 

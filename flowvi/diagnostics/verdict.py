@@ -179,7 +179,9 @@ def judge_modes(
         findings.append(
             Finding(f"mode {k + 1}", message + "guide.", abs(shift) / limits.mode, cause)
         )
-    return sorted(findings, key=lambda f: -f.size)
+    # Where a mode is missed the shares of the others are too large by that alone.
+    missed = [f for f in findings if f.cause == "missed mode"]
+    return sorted(missed or findings, key=lambda f: -f.size)
 
 
 _ADVICE = {

@@ -205,6 +205,8 @@ def _run_loop(
 
 
 def _score(target: Target, values: dict[str, Tensor], log_q: Tensor, chunk_size: int) -> Draws:
+    # A point guide returns its parameter itself, gradient and all, even without grad mode.
+    values = {name: value.detach() for name, value in values.items()}
     z = target.unconstrain(values)
     log_q = log_q + target.log_abs_det(z)
     log_p = torch.cat([target.guarded_log_prob(part) for part in z.split(chunk_size)])

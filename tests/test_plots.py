@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import matplotlib
+import pytest
+import torch
+
+from flowvi import plots
+from flowvi.diagnostics.shifts import Shifts
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+
+LABELS = ["mu", "theta[0]", "theta[1]"]
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    pyplot.close("all")
+
+
+def _shifts():
+    return Shifts(LABELS, *(torch.tensor([0.1, 0.2, 0.02]) for _ in range(4)))
+
+
+CASES = {
+    "marginals": lambda ax=None: plots.marginals(
+        {"a": torch.randn(200), "b": torch.zeros(200)}, ax, reference=torch.randn(50), label="mu"
+    ),
+    "pairs": lambda ax=None: plots.pairs({"a": torch.randn(50, 3)}, ax, labels=LABELS),
+    "pairs, one": lambda ax=None: plots.pairs({"a": torch.randn(50, 1)}, ax, labels=["mu"]),
+    "elbo_trace": lambda ax=None: plots.elbo_trace(torch.randn(300), ax),
+    "elbo_trace, short": lambda ax=None: plots.elbo_trace(torch.tensor([3.0, 2.0, 1.0]), ax),
+    "shift_errors": lambda ax=None: plots.shift_errors(_shifts(), ax),
+    "drift_scores": lambda ax=None: plots.drift_scores(_shifts(), ax),
+    "pareto_k_bars": lambda ax=None: plots.pareto_k_bars({"a": 0.2, "b": float("inf")}, ax),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_draws_on_a_given_axes_and_makes_its_own(case):
+    _, ax = pyplot.subplots()
+    assert case(ax) is ax
+    own = case()
+    assert isinstance(own, Axes)
+    assert own is not ax
+    own.figure.canvas.draw()
+
+
+def test_marginal_density_is_that_of_the_draws():
+    ax = plots.marginals({"a": torch.randn(20_000) * 2 + 1})
+    x, y = ax.lines[0].get_data()
+    exact = torch.distributions.Normal(1.0, 2.0).log_prob(torch.as_tensor(x)).exp().numpy()
+    assert abs(y - exact).max() < 0.02
+
+
+def test_elbo_trace_is_the_moving_average():
+    losses = torch.arange(100.0)
+    losses[7] = float("nan")
+    ax = plots.elbo_trace(losses, window=10)
+    x, y = ax.lines[0].get_data()
+    assert x[-1] == 99
+    assert y[-1] == pytest.approx(-94.5)
+
+
+def test_pareto_colours_follow_the_threshold():
+    ax = plots.pareto_k_bars({"good": 0.69, "bad": 0.71})
+    assert ax.patches[0].get_facecolor() != ax.patches[1].get_facecolor()
+
+
+def test_messages():
+    with pytest.raises(ValueError, match="`draws` must hold at least one guide"):
+        plots.marginals({})
+    with pytest.raises(ValueError, match=r"`draws\['a'\]` must be a vector of at least 2 finite"):
+        plots.marginals({"a": torch.tensor([1.0, float("nan")])})
+    with pytest.raises(ValueError, match=r"`draws\['a'\]` must have shape \(num_draws, 3\)"):
+        plots.pairs({"a": torch.randn(5, 2)}, labels=LABELS)
+    with pytest.raises(ValueError, match="`window` must be at least 2; got 1"):
+        plots.elbo_trace(torch.randn(5), window=1)
+    with pytest.raises(ValueError, match="`losses` must hold at least 2 finite values; got 1"):
+        plots.elbo_trace(torch.tensor([1.0, float("inf")]))
+    with pytest.raises(ValueError, match="`values` must hold at least one Pareto k"):
+        plots.pareto_k_bars({})
