@@ -43,13 +43,22 @@ class _Refuse(Messenger):
             # No outer handler has spoken yet, so a value here is the model's own.
             msg["infer"]["explicit_subsample"] = msg["value"] is not None
             return
-        observed = msg["is_observed"] or msg["value"] is not None
-        if not observed and getattr(getattr(fn, "support", None), "is_discrete", False):
+        if msg["is_observed"] or msg["value"] is not None:
+            return
+        if getattr(getattr(fn, "support", None), "is_discrete", False):
             raise NotImplementedError(
                 f"Site `{name}` is discrete, and this guide covers continuous latent sites only. "
                 "Sum it out (pyro.infer.config_enumerate with TraceEnum_ELBO) and hide it from "
                 f"the guide: pyro.poutine.block(model, hide=['{name}'])."
             )
+        try:
+            with helpful_support_errors(msg):
+                biject_to(fn.support)
+        except NotImplementedError:
+            raise NotImplementedError(
+                f"Site `{name}` has support {fn.support}, to which torch has no bijection. Use a "
+                "distribution with another support, or pyro.factor for the density."
+            ) from None
 
 
 def with_initial_values(model: Callable, init_loc_fn: Callable) -> Callable:
