@@ -117,6 +117,8 @@ def damped_newton(
         if all_true(~(norm > small) | (length < MIN_LENGTH)):
             break
         step = _solve_rows(jacobian, target - value)
+        # A singular Jacobian gives no step: the row stays where it is and is found unsolved.
+        step = torch.where(step.isfinite().all(-1, keepdim=True), step, torch.zeros_like(step))
         size = step.norm(dim=-1)
         length = (4 * length).clamp_max(1.0)
         for _ in range(MAX_HALVINGS):
@@ -129,7 +131,7 @@ def damped_newton(
             if all_true(good):
                 break
             length = torch.where(good, length, length / 2)
-        x = torch.where((norm > small).unsqueeze(-1), trial, x)
+        x = torch.where((good & (norm > small)).unsqueeze(-1), trial, x)
     return x, jacobian
 
 
