@@ -1,5 +1,6 @@
 """What ``pyro.sample`` draws from: flows, mixtures of flows, adapters."""
 
+from flowvi.distributions.adapters import adapt, import_zuko
 from flowvi.distributions.flow import Flow, FlowDistribution, StandardNormal
 from flowvi.distributions.mixture import MixtureFlow, MixtureFlowDistribution
 
@@ -9,4 +10,6 @@ __all__ = [
     "MixtureFlow",
     "MixtureFlowDistribution",
     "StandardNormal",
+    "adapt",
+    "import_zuko",
 ]

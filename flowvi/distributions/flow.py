@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from pyro.distributions import Distribution, Independent, Normal, TorchDistribution
+from pyro.distributions import Distribution, Normal, TorchDistribution
 from pyro.distributions.util import detach
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -299,8 +299,8 @@ def check_expand(old: torch.Size, new: Sequence[int]) -> None:
 def _is_normal(base: Distribution) -> bool:
     """Whether the base is one normal law for all rows, so that mirror images keep the law."""
     return (
-        isinstance(base, Independent)
-        and isinstance(base.base_dist, Normal)
+        isinstance(base, torch.distributions.Independent)
+        and isinstance(base.base_dist, torch.distributions.Normal)
         and base.batch_shape == ()
     )
 
