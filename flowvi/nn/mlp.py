@@ -118,7 +118,7 @@ class MLP(nn.Module):
 def linear_by_columns(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear map whose output is stored column by column."""
     out = torch.addmm(bias[:, None], weight, x.reshape(-1, x.shape[-1]).t())
-    return out.reshape(-1, *x.shape[:-1]).movedim(0, -1)
+    return out.reshape(len(weight), *x.shape[:-1]).movedim(0, -1)
 
 
 # Derivative of an activation as a function of its value.

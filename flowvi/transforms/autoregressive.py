@@ -146,7 +146,7 @@ class Autoregressive(FlowTransform):
             ],
             (columns[1], thetas[1]),
         )
-        return network.unsort(pushed, 0).t().reshape(*batch, -1)
+        return network.unsort(pushed, 0).t().reshape(*batch, self.input_dim)
 
     def _inverse_by_steps(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Inverse that computes each hidden unit once, when it becomes known."""
@@ -159,7 +159,7 @@ class Autoregressive(FlowTransform):
         by_param = theta.unflatten(0, (self.input_dim, -1)).transpose(1, 2)
         ladj = self.elementwise.call_and_ladj(x, by_param)[1].sum(0)
         x = network.unsort(x, 0).t().contiguous()
-        return x.reshape(*batch, -1), -ladj.reshape(batch)
+        return x.reshape(*batch, self.input_dim), -ladj.reshape(batch)
 
     def _inverse_by_passes(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Inverse by ``input_dim`` full passes: each makes one more dimension right.
