@@ -152,11 +152,11 @@ def check(
     """Judge a trained guide against its model, without a reference.
 
     Two estimates of the error of every mean and standard deviation are combined: the drift of
-    HMC chains that start at the guide's own draws (:func:`drift_test`), and, where Pareto k is
-    at most 0.7, the guide's importance weights. With them go the gap between the ELBO and the
-    evidence, the draws at which the model has no density, and the separated modes of the
-    posterior against the guide's shares (chains and weights of a guide that misses a mode do not
-    see it). Not good is what exceeds ``limits``.
+    HMC chains that start at the guide's own draws (:func:`drift_test`), and the guide's
+    importance weights, where Pareto k is at most 0.7 or the weights are nearly equal. With them
+    go the gap between the ELBO and the evidence, the draws at which the model has no density, and
+    the separated modes of the posterior against the guide's shares (chains and weights of a guide
+    that misses a mode do not see it). Not good is what exceeds ``limits``.
 
     Costs a few hundred evaluations of the model on batches of some hundred draws. What it cannot
     see: a mode that the search misses too.
@@ -180,6 +180,16 @@ def check(
         ValueError: if the model is one that :class:`Target` refuses, the guide lacks a latent
             site, or no draw of the guide has a finite density.
         NotImplementedError: if a latent site is discrete.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(3.0, 2.0))
+        >>> def guide():
+        ...     pyro.sample("x", dist.Normal(3.0, 1.0))
+        >>> result = check(model, guide, seed=0)
+        >>> result.good, result.findings[0].subject, result.findings[0].cause
+        (False, 'x', 'narrow')
     """
     began = time.process_time()
     limits = Limits() if limits is None else limits
@@ -209,6 +219,7 @@ class _Evidence:
 
     kept: Draws
     pareto_k: float
+    ess: float
     bounds: dict[int, Bound]
     drift: DriftTest | None = None
     shifts: Shifts | None = None
@@ -226,7 +237,8 @@ def _gather(draws: Draws, target: Target, num_chains: int, modes: Sequence[Mode]
             f"{len(kept)} of {len(draws)}. Last error inside the model: {target.last_error}."
         )
     smoothed, k = smoothed_log_weights(kept.log_weights)
-    evidence = _Evidence(kept, k, _bounds(kept.log_weights))
+    ess = effective_sample_size(kept.log_weights)
+    evidence = _Evidence(kept, k, ess, _bounds(kept.log_weights, ess))
     if modes:
         evidence.coverage = mode_coverage(kept, target, modes)
     if len(kept) >= _LEAST_CHAINS:
@@ -234,21 +246,20 @@ def _gather(draws: Draws, target: Target, num_chains: int, modes: Sequence[Mode]
         evidence.drift = drift
         evidence.axes = words.axis_names(covariance_factor(kept.z), target.labels)
         evidence.shifts = drift.natural
-        if k <= words.LARGEST_K:
+        if words.weights_usable(k, evidence.ess / len(kept)):
             values = flatten_values(kept.values, target)
             weighted = importance_shifts(drift.natural.labels, values, smoothed)
             evidence.shifts = combine_shifts(drift.natural, weighted)
     return evidence
 
 
-def _bounds(log_weights: Tensor) -> dict[int, Bound]:
+def _bounds(log_weights: Tensor, ess: float) -> dict[int, Bound]:
     """ELBO (1), IW-ELBOs, and the log mean weight of all draws with its delta-method error."""
     num_draws = len(log_weights)
     bounds = {1: elbo(log_weights)}
     for num_particles in _PARTICLES:
         if num_particles <= num_draws // 10:
             bounds[num_particles] = iw_elbo(log_weights, num_particles)
-    ess = effective_sample_size(log_weights)
     value = float(log_weights.double().logsumexp(0)) - math.log(num_draws)
     bounds[num_draws] = Bound(value, math.sqrt(max(1 / ess - 1 / num_draws, 0.0)))
     return bounds
@@ -264,12 +275,15 @@ def _search(target: Target) -> list[Mode]:
 
 def _judge(evidence: _Evidence, dead: float, limits: Limits) -> list[Finding]:
     evidence_bound = evidence.bounds[max(evidence.bounds)]
+    usable = words.weights_usable(evidence.pareto_k, evidence.ess / len(evidence.kept))
     findings = words.judge_density(dead, limits)
     findings += words.judge_bound(evidence.bounds[1], evidence_bound, len(evidence.kept), limits)
-    findings += words.judge_modes(evidence.coverage, evidence_bound, evidence.pareto_k, limits)
+    findings += words.judge_modes(evidence.coverage, evidence_bound, usable, limits)
     if evidence.shifts is not None:
-        findings += words.judge_shifts(evidence.shifts, limits)
-        findings += words.judge_drift(evidence.drift, evidence.axes, limits)
+        named = words.judge_shifts(evidence.shifts, limits)
+        found = {finding.subject for finding in named}
+        axes = words.judge_drift(evidence.drift, evidence.axes, limits)
+        findings += named + [f for f in axes if not set(f.subject.split(", ")) <= found]
     if evidence.agreement is not None:
         findings += words.judge_agreement(evidence.agreement, limits)
     return sorted(findings, key=lambda finding: -finding.size)
@@ -280,20 +294,20 @@ def _report(
 ) -> Check:
     kept = evidence.kept
     findings = _judge(evidence, 1 - len(kept) / len(draws), limits)
-    threshold = pareto_k_threshold(len(kept))
+    share = evidence.ess / len(kept)
     values = flatten_values(kept.values, target)
     bounds = dict(evidence.bounds)
     return Check(
         good=not findings,
         findings=tuple(findings),
-        advice=tuple(words.advice(findings, evidence.pareto_k, threshold, evidence.gradient)),
+        advice=tuple(words.advice(findings, evidence.pareto_k, share, evidence.gradient)),
         shifts=evidence.shifts,
         guide_mean=values.mean(0),
         guide_sd=values.std(0),
         drift=evidence.drift,
         pareto_k=evidence.pareto_k,
-        pareto_k_threshold=threshold,
-        ess=effective_sample_size(kept.log_weights),
+        pareto_k_threshold=pareto_k_threshold(len(kept)),
+        ess=evidence.ess,
         elbo=bounds.pop(1),
         iw_elbo=bounds,
         modes=evidence.coverage,

@@ -14,7 +14,6 @@ from flowvi.diagnostics.modes import ModeCoverage
 from flowvi.diagnostics.shifts import Shifts
 
 __all__ = [
-    "LARGEST_K",
     "Finding",
     "Limits",
     "advice",
@@ -25,9 +24,11 @@ __all__ = [
     "judge_drift",
     "judge_modes",
     "judge_shifts",
+    "weights_usable",
 ]
 
-LARGEST_K = 0.7  # beyond it importance-weighted moments are not to be trusted
+_LARGEST_K = 0.7  # beyond it importance-weighted moments are not to be trusted
+_EQUAL_WEIGHTS = 0.9  # share of effective draws from which on the weights hardly matter
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def judge_drift(drift: DriftTest, names: list[str], limits: Limits) -> list[Find
                     if cause == "mean"
                     else f"has an sd {_percent(value)}"
                 )
-                message = f"A combination of {name} {what} (+- {se:.2f})."
+                prefix = "A combination of " if ", " in name else "On the unconstrained scale "
+                message = f"{prefix}{name} {what} (+- {se:.2f})."
                 if cause == "spread":
                     cause = "narrow" if value < 0 else "wide"
                 findings.append(Finding(name, message, abs(value) / limits.direction, cause))
@@ -147,17 +149,21 @@ def judge_density(dead: float, limits: Limits) -> list[Finding]:
 
 
 def judge_modes(
-    coverage: ModeCoverage | None, iw: Bound, k: float, limits: Limits
+    coverage: ModeCoverage | None, iw: Bound, usable: bool, limits: Limits
 ) -> list[Finding]:
     """Separated modes that the guide misses or gives a wrong share.
 
-    The mass that the guide's draws see is known only while Pareto k allows it.
+    Args:
+        coverage: modes found, if they were looked for.
+        iw: log mean weight of the guide's draws.
+        usable: whether the weights can be trusted; else the mass that the guide sees is unknown.
+        limits: what counts as good.
     """
     if coverage is None:
         return []
     findings = []
     missing = coverage.log_evidence - iw.value
-    if missing > limits.unreached and k <= LARGEST_K:
+    if missing > limits.unreached and usable:
         message = (
             f"The modes found by a search hold exp({missing:.1f}) times the mass that the guide's "
             "draws see: the guide sits in a minor mode."
@@ -210,15 +216,28 @@ def judge_agreement(agreement: Shifts, limits: Limits) -> list[Finding]:
     return findings
 
 
+def weights_usable(k: float, ess_share: float) -> bool:
+    """Whether importance-weighted moments can be trusted.
+
+    Weights that are all nearly equal can have any tail shape, that of rounding errors included,
+    without a moment depending on it.
+
+    Args:
+        k: Pareto k of the weights.
+        ess_share: effective sample size over the number of draws.
+    """
+    return k <= _LARGEST_K or ess_share >= _EQUAL_WEIGHTS
+
+
 def advice(
-    findings: list[Finding], k: float, threshold: float, gradient: Gradient | None
+    findings: list[Finding], k: float, ess_share: float, gradient: Gradient | None
 ) -> list[str]:
     """Plain advice, each sentence once, worst cause first.
 
     Args:
         findings: what is off, worst first.
         k: Pareto k of the weights.
-        threshold: up to which k weights can be trusted.
+        ess_share: effective sample size over the number of draws.
         gradient: gradient of the ELBO, if known.
     """
     lines = list(dict.fromkeys(_ADVICE[finding.cause] for finding in findings))
@@ -226,12 +245,18 @@ def advice(
         ratio = gradient.norm / max(gradient.noise, 1e-300)
         lines.insert(0, f"The gradient is still {ratio:.1f} times its noise: train longer.")
     missed = any(finding.cause == "missed mode" for finding in findings)
-    if findings and k <= threshold and not missed:
+    usable = weights_usable(k, ess_share)
+    if findings and usable and not missed:
         lines.append("Meanwhile the importance-resampled draws are nearer the posterior.")
-    if k > threshold:
+    if not usable:
         lines.append(
-            f"Do not use importance weights of this guide (Pareto k {k:.2f} is above "
-            f"{threshold:.2f}): a few draws would carry them."
+            f"Do not use importance weights of this guide: with Pareto k {k:.2f} a few draws "
+            "would carry them."
+        )
+    elif k > _LARGEST_K:
+        lines.append(
+            f"Pareto k {k:.2f} comes from a few draws in the tails; with an effective sample size "
+            f"of {100 * ess_share:.0f} % of the draws no mean or sd depends on them."
         )
     return lines
 

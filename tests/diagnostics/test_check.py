@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ from diagnostics_models import DIM, LOC, LOG_Z, SCALE_TRIL, exact_draws, guide_o
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from flowvi.diagnostics import Check, check, elbo_gradient, mode_coverage
+from flowvi.diagnostics.verdict import advice, weights_usable
 from flowvi.infer.draws import guide_draws
 from flowvi.infer.modes import Mode
 from flowvi.infer.target import Target
@@ -151,6 +153,47 @@ def test_mode_coverage_against_known_masses():
     assert float(coverage.shift[0]) == pytest.approx(-0.3 / 0.4, abs=0.1)
     with pytest.raises(ValueError, match="`modes` must hold at least one mode"):
         mode_coverage(draws, two, [])
+
+
+@pytest.mark.parametrize(
+    ("k", "share", "usable", "text"),
+    [
+        (0.5, 0.1, True, None),
+        (0.9, 0.3, False, "Do not use importance weights.*0.90"),
+        (0.9, 0.99, True, "Pareto k 0.90 comes from a few draws in the tails.*99 %"),
+    ],
+)
+def test_when_weights_are_trusted(k, share, usable, text):
+    assert weights_usable(k, share) is usable
+    lines = advice([], k, share, None)
+    assert (not lines) if text is None else re.search(text, lines[0])
+
+
+def test_minor_mode_found_although_the_guide_fits_it():
+    # The search is told of the main mode only, and the guide sits in the other.
+    two = _bimodal(0.9)
+    mode = Mode(torch.full((2,), -4.0), torch.eye(2), 0.0, 1.0)
+    result = check(two, _mixture(0.0), modes=[mode], seed=0)
+    assert not result.good
+    assert "sits in a minor mode" in result.verdict
+
+
+def test_a_combination_of_parameters_is_named():
+    # Half the spread along the difference of two strongly correlated parameters.
+    tril = torch.tensor([[1.0, 0.0], [0.999, 0.0447]])
+
+    def pair():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(False))
+        law = dist.MultivariateNormal(torch.zeros(2), scale_tril=tril, validate_args=False)
+        pyro.factor("density", law.log_prob(x))
+
+    half = tril * torch.tensor([1.0, 0.5])
+    guide = lambda: pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), scale_tril=half))  # noqa: E731
+    result = check(pair, guide, search_modes=False, seed=0)
+    finding = next(f for f in result.findings if ", " in f.subject)
+    assert set(finding.subject.split(", ")) == {"x[0]", "x[1]"}
+    assert finding.cause == "narrow"
+    assert 47 <= int(re.search(r"(\d+) % too small", finding.message)[1]) <= 53
 
 
 def test_draws_without_density_are_reported():
