@@ -1,56 +1,20 @@
-"""Properties that every transform has; STYLE section 1.4 numbers them.
+"""Properties of the mathematics of every transform; STYLE section 1.4 numbers them.
 
 Each runs for every case of the registry, mostly with the parameters a map starts with and with
-parameters drawn from N(0, 1). Only the `torch.compile` test needs `-m slow`.
+parameters drawn from N(0, 1). Properties 9 to 11 are in test_module_properties.py.
 """
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-
 import pyro.distributions as dist
 import pytest
 import torch
+from building import CONDITIONAL, NAMES, SkewBase, both_states, build, context_of, every
 from registry import TRANSFORMS, Case
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowvi.distributions import Flow, FlowDistribution
-from flowvi.nn import MADE, MLP
 from flowvi.transforms import Direction, FlowTransform
-
-NAMES = sorted(TRANSFORMS)
-CONDITIONAL = [name for name in NAMES if TRANSFORMS[name].context_dim]
-every = pytest.mark.parametrize("name", NAMES)
-both_states = pytest.mark.parametrize("drawn", [False, True], ids=["start", "drawn"])
-
-
-def build(name: str, drawn: bool, scale: float = 1.0) -> tuple[Case, FlowTransform]:
-    case = TRANSFORMS[name]
-    transform = case.make()
-    if drawn:
-        with torch.no_grad():
-            for parameter in transform.parameters():
-                parameter.normal_().mul_(scale)
-    return case, transform
-
-
-def context_of(case: Case, *batch: int) -> Tensor | None:
-    return torch.randn(*batch, case.context_dim) if case.context_dim else None
-
-
-class SkewBase(nn.Module):
-    """A base law without symmetry, so that rotations matter."""
-
-    def __init__(self, input_dim: int) -> None:
-        super().__init__()
-        self.register_buffer("loc", 0.3 + 0.2 * torch.arange(input_dim))
-        self.register_buffer("scale", 1.1 + 0.3 * torch.arange(input_dim))
-
-    def forward(self) -> dist.Distribution:
-        return dist.Normal(self.loc, self.scale).to_event(1)
-
 
 # 1. Shapes and dtypes.
 
@@ -266,92 +230,6 @@ def test_wrong_shapes_are_refused(name: str) -> None:
             method(torch.zeros(3, size), torch.zeros(4, 2))
 
 
-# 9. Copies, files and shared parameters.
-
-
-@every
-def test_copies_after_use(name: str) -> None:
-    case, transform = build(name, drawn=True)
-    flow, context = Flow(transform), context_of(case, 4)
-    flow(context).rsample((3,))
-    x = torch.randn(4, case.input_dim)
-    expected = transform.call_and_ladj(x, context)
-    file = io.BytesIO()
-    torch.save(flow.state_dict(), file)
-    file.seek(0)
-    loaded = Flow(case.make())
-    loaded.load_state_dict(torch.load(file))
-    for twin in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow)), loaded):
-        torch.testing.assert_close(
-            twin.transform.call_and_ladj(x, context), expected, rtol=0, atol=0
-        )
-        assert not {id(p) for p in twin.parameters()} & {id(p) for p in flow.parameters()}
-
-
-@every
-def test_inverse_shares_parameters(name: str) -> None:
-    _, transform = build(name, drawn=False)
-    inverse = transform.inv
-    assert isinstance(inverse, FlowTransform)
-    assert {id(p) for p in inverse.parameters()} == {id(p) for p in transform.parameters()}
-
-
-# 10. One pass, nothing stale.
-
-
-@every
-def test_one_network_evaluation(name: str) -> None:
-    case, transform = build(name, drawn=True)
-    counts: dict[nn.Module, int] = {}
-
-    def count(module: nn.Module, *_: object) -> None:
-        counts[module] = counts.get(module, 0) + 1
-
-    for module in transform.modules():
-        if isinstance(module, (MLP, MADE)):
-            module.register_forward_hook(count)
-    q = Flow(transform)(context_of(case, 4))
-    y = q.rsample((3,))
-    after_draw = dict(counts)
-    q.log_prob(y)
-    assert counts == after_draw
-    if transform.cheap is not Direction.INVERSE:
-        assert all(number == 1 for number in counts.values())
-
-
-@every
-def test_nothing_is_stale(name: str) -> None:
-    case, transform = build(name, drawn=True)
-    flow, context = Flow(transform, SkewBase(case.input_dim)), context_of(case, 4)
-    q = flow(context)
-    y = q.rsample((3,))
-    with torch.no_grad():
-        for parameter in transform.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    expected = flow(context).log_prob(y.detach().clone())
-    torch.testing.assert_close(q.log_prob(y), expected, rtol=0, atol=1e-8)
-    torch.testing.assert_close(
-        transform.call_and_ladj(y.detach(), context),
-        copy.deepcopy(transform).call_and_ladj(y.detach(), context),
-    )
-
-
-# 11. Compilation.
-
-
-@pytest.mark.slow
-@every
-def test_compiles_whole(name: str) -> None:
-    case, transform = build(name, drawn=True)
-    cheap = transform.call_and_ladj
-    if transform.cheap is Direction.INVERSE:
-        cheap = transform.inverse_and_ladj
-    x, context = torch.randn(5, case.input_dim), context_of(case, 5)
-    torch._dynamo.reset()
-    compiled = torch.compile(cheap, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, context), cheap(x, context), rtol=0, atol=1e-12)
-
-
 # 12. Far tails.
 
 
@@ -376,7 +254,7 @@ def test_far_values_and_gradients_are_finite(
         assert all(t.isfinite().all() for t in found if t is not None)
 
 
-# The score recursion and the meta device.
+# The score recursion.
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if TRANSFORMS[n].make().has_score_recursion])
@@ -393,17 +271,3 @@ def test_score_recursion_equals_gradient_through_inverse(name: str, drawn: bool)
     log_q = FlowDistribution(base, transform, context).log_prob(leaf)
     expected = torch.autograd.grad(log_q.sum(), leaf)[0]
     torch.testing.assert_close(pushed, expected, rtol=1e-8, atol=1e-8)
-
-
-@every
-def test_runs_on_meta(name: str) -> None:
-    case, transform = build(name, drawn=False)
-    transform.to("meta")
-    x = torch.empty(4, case.input_dim, device="meta", requires_grad=True)
-    context = torch.empty(4, case.context_dim, device="meta") if case.context_dim else None
-    for method in (transform.call_and_ladj, transform.inverse_and_ladj):
-        value, ladj = method(x, context)
-        assert value.is_meta
-        assert value.shape == x.shape
-        assert ladj.shape == (4,)
-        (value.sum() + ladj.sum()).backward()

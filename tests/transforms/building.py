@@ -1,0 +1,42 @@
+"""What the property tests of transforms share."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import pytest
+import torch
+from registry import TRANSFORMS, Case
+from torch import Tensor, nn
+
+from flowvi.transforms import FlowTransform
+
+NAMES = sorted(TRANSFORMS)
+CONDITIONAL = [name for name in NAMES if TRANSFORMS[name].context_dim]
+every = pytest.mark.parametrize("name", NAMES)
+both_states = pytest.mark.parametrize("drawn", [False, True], ids=["start", "drawn"])
+
+
+def build(name: str, drawn: bool, scale: float = 1.0) -> tuple[Case, FlowTransform]:
+    case = TRANSFORMS[name]
+    transform = case.make()
+    if drawn:
+        with torch.no_grad():
+            for parameter in transform.parameters():
+                parameter.normal_().mul_(scale)
+    return case, transform
+
+
+def context_of(case: Case, *batch: int) -> Tensor | None:
+    return torch.randn(*batch, case.context_dim) if case.context_dim else None
+
+
+class SkewBase(nn.Module):
+    """A base law without symmetry, so that rotations matter."""
+
+    def __init__(self, input_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("loc", 0.3 + 0.2 * torch.arange(input_dim))
+        self.register_buffer("scale", 1.1 + 0.3 * torch.arange(input_dim))
+
+    def forward(self) -> dist.Distribution:
+        return dist.Normal(self.loc, self.scale).to_event(1)
