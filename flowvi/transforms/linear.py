@@ -268,7 +268,7 @@ class Householder(FlowTransform):
 
     References:
         Tomczak and Welling (2016), Improving variational auto-encoders using Householder flow,
-        arXiv:1611.09630, equation 12.
+        arXiv:1611.09630.
     """
 
     has_score_recursion = True

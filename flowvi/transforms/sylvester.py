@@ -146,7 +146,7 @@ class OrthogonalSylvester(_Sylvester):
 
     References:
         van den Berg, Hasenclever, Tomczak and Welling (2018), Sylvester normalizing flows,
-        arXiv:1803.05649, equations 13 and 14 and section 3.1.
+        arXiv:1803.05649, section 3, the orthogonal variant.
     """
 
     def __init__(
@@ -200,7 +200,8 @@ class HouseholderSylvester(_Sylvester):
         RuntimeError: by the inverse, if it did not converge.
 
     References:
-        van den Berg et al. (2018), Sylvester normalizing flows, arXiv:1803.05649, section 3.2.
+        van den Berg, Hasenclever, Tomczak and Welling (2018), Sylvester normalizing flows,
+        arXiv:1803.05649, section 3, the Householder variant.
     """
 
     def __init__(
@@ -245,7 +246,8 @@ class TriangularSylvester(_Sylvester):
         RuntimeError: by the inverse, if it did not converge.
 
     References:
-        van den Berg et al. (2018), Sylvester normalizing flows, arXiv:1803.05649, section 3.3.
+        van den Berg, Hasenclever, Tomczak and Welling (2018), Sylvester normalizing flows,
+        arXiv:1803.05649, section 3, the triangular variant.
     """
 
     def __init__(
