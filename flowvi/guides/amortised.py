@@ -49,7 +49,7 @@ class AmortizedFlow(GroupedGuide):
         ...     with pyro.plate("items", len(x)):
         ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         ...         pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True), 1.0).to_event(1), obs=x)
-        >>> guide = AmortizedFlow(model, nn.Linear(1, 4)).initialize(torch.zeros(10, 1))
+        >>> guide = AmortizedFlow(model, torch.nn.Linear(1, 4)).initialize(torch.zeros(10, 1))
         >>> guide(torch.zeros(3, 1))["z"].shape
         torch.Size([3, 2])
     """

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.score_parts import ScoreParts
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
@@ -26,6 +27,36 @@ class ModeLike(Protocol):
     loc: Tensor
     scale_tril: Tensor
     weight: float
+
+
+class _AuxiliaryMixture(MixtureFlowDistribution):
+    """A mixture at an auxiliary site, with the gradient of its weights right in stock Pyro.
+
+    ``Trace_ELBO`` multiplies a score function with the log-weight of the sites of the model, so
+    an auxiliary site's own log-density is left out and the weights would be trained without their
+    entropy. It is put back through the entropy term. Objectives that count all sites of the guide
+    take ``score_parts_in_full_reward`` instead.
+    """
+
+    score_parts_in_full_reward = MixtureFlowDistribution.score_parts
+
+    def score_parts(self, x: Tensor) -> ScoreParts:
+        parts = super().score_parts(x)
+        missing = parts.log_prob.detach() * parts.score_function
+        return parts._replace(entropy_term=parts.entropy_term + missing)
+
+    def _replace(self, **changes: object) -> MixtureFlowDistribution:
+        new = super()._replace(**changes)
+        # Path gradients are taken by flowvi's own objectives only, which count every site.
+        if new._path:
+            return new
+        return _AuxiliaryMixture(
+            new.components,
+            new.logits,
+            batch_shape=new.batch_shape,
+            stratified=new._stratified,
+            validate_args=new._validate_args,
+        )
 
 
 class AutoMixtureFlow(AutoFlow):
@@ -48,7 +79,7 @@ class AutoMixtureFlow(AutoFlow):
         create_plates: function of the model's arguments returning the plates to use.
 
     Example:
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> def model():
         ...     pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         >>> guide = AutoMixtureFlow(model, num_components=3).initialize()
@@ -174,4 +205,5 @@ class AutoMixtureFlow(AutoFlow):
     def get_posterior(self, *args: Any, **kwargs: Any) -> MixtureFlowDistribution:
         """Law of the joint unconstrained latent."""
         self._require_built()
-        return self.flow()
+        law = self.flow()
+        return _AuxiliaryMixture(law.components, law.logits)

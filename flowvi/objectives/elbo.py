@@ -49,7 +49,11 @@ class ELBO(Objective):
         scores: list[tuple[dict, Tensor]] = []
 
         def guide_term(site: dict) -> Tensor:
-            parts = site["fn"].score_parts(site["value"], *site["args"], **site["kwargs"])
+            fn = site["fn"]
+            # An auxiliary site may have score parts made for Trace_ELBO, whose reward leaves such
+            # sites out; here the reward holds every site.
+            score_parts = getattr(fn, "score_parts_in_full_reward", fn.score_parts)
+            parts = score_parts(site["value"], *site["args"], **site["kwargs"])
             scores.append((site, parts.score_function))
             return with_gradient_of(parts.log_prob, parts.entropy_term)
 
