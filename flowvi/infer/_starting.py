@@ -31,7 +31,7 @@ def can_start(guide: Callable) -> bool:
 
 def apply_start(guide: Callable, start: Start, target: Target) -> None:
     """Set a guide's location and scale (or its whitening) from a warm start."""
-    if hasattr(guide, "whiten_modes"):
+    if hasattr(guide, "whiten_modes") and start.modes:
         guide.whiten_modes(start.modes)
     elif hasattr(guide, "whiten"):
         guide.whiten(start.loc, start.scale_tril)
