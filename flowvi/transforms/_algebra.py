@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["above_minus_one", "log_diagonal", "matvec", "reflect", "solve", "triangular"]
+__all__ = [
+    "above_minus_one",
+    "log_diagonal",
+    "matvec",
+    "reflect",
+    "reflection_matrix",
+    "solve",
+    "triangular",
+]
 
 # A bending map may shrink lengths by this fraction at most, so that 1 + z stays above 0.001.
 MOST = 0.999
@@ -45,13 +53,23 @@ def reflect(vectors: Tensor, rows: Tensor, *, reverse: bool = False) -> Tensor:
 
     A zero vector leaves the row unchanged.
     """
+    if vectors.dim() == 2 and rows.numel() > rows.shape[-1] ** 2:
+        # One set of vectors for many rows: reflecting the unit vectors once is less work.
+        matrix = reflection_matrix(vectors)
+        return rows @ (matrix if reverse else matrix.mT)
     tiny = torch.finfo(rows.dtype).tiny
-    norms = vectors.square().sum(-1, keepdim=True).clamp_min(tiny)
+    scaled = vectors * (2 / vectors.square().sum(-1, keepdim=True).clamp_min(tiny))
     order = range(vectors.shape[-2])
     for i in reversed(order) if reverse else order:
-        v = vectors[..., i, :]
-        rows = rows - (2 * (rows * v).sum(-1, keepdim=True) / norms[..., i, :]) * v
+        along = (rows * vectors[..., i, :]).sum(-1, keepdim=True)
+        rows = rows - along * scaled[..., i, :]
     return rows
+
+
+def reflection_matrix(vectors: Tensor) -> Tensor:
+    """The orthogonal matrix of :func:`reflect`, for vectors ``(k, n)``."""
+    unit = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device)
+    return reflect(vectors, unit).mT
 
 
 def above_minus_one(z: Tensor) -> Tensor:

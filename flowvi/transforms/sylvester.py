@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowvi.transforms._algebra import MOST, matvec, reflect, solve, triangular
+from flowvi.transforms._algebra import MOST, matvec, reflect, reflection_matrix, solve, triangular
 from flowvi.transforms._parameters import RawParameters
 from flowvi.transforms.base import Direction, FlowTransform
 from flowvi.transforms.linear import paired_vectors
@@ -216,13 +216,18 @@ class HouseholderSylvester(_Sylvester):
         super().__init__(input_dim, input_dim, context_dim, hidden_dims, basis)
 
     def _basis(self, *raw: Tensor) -> Tensor:
-        return raw[0]
+        # A matrix if all rows share it, since both products use it; else the vectors.
+        return raw[0] if self.context_dim else reflection_matrix(raw[0])
 
     def _to_basis(self, basis: Tensor, x: Tensor) -> Tensor:
-        return reflect(basis, x, reverse=True)
+        if self.context_dim:
+            return reflect(basis, x, reverse=True)
+        return matvec(basis.mT, x)
 
     def _from_basis(self, basis: Tensor, v: Tensor) -> Tensor:
-        return reflect(basis, v)
+        if self.context_dim:
+            return reflect(basis, v)
+        return matvec(basis, v)
 
 
 class TriangularSylvester(_Sylvester):
