@@ -18,6 +18,7 @@ __all__ = ["Mode", "find_modes", "modes_are_separated"]
 _DISTANCE = 3.0  # standard deviations
 _DIP = 0.5  # nats
 _LEAST_WEIGHT = 1e-3
+_TRIES = 32  # random points per wide start
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def find_modes(
     *,
     generator: torch.Generator,
     num_starts: int = 24,
-    radii: tuple[float, float] = (0.5, 20.0),
+    radii: tuple[float, float] = (0.5, 30.0),
     max_modes: int = 8,
     num_refinements: int = 20,
 ) -> list[Mode]:
@@ -81,10 +82,12 @@ def find_modes(
     The ends of ``first`` give one or several modes. A second ascent starts half of its points in
     boxes of geometrically growing half-widths around the origin, half in boxes around the best
     mode in units of its own standard deviations, so that both the prior's scale and the
-    posterior's are covered; a start that comes within one standard deviation of a known mode
-    stops. With two modes or more, the density is cut by the responsibilities of the Laplace
-    mixture into pieces that sum to it, batch-and-match fits a Gaussian to each piece, and the
-    weights follow from the pieces' ELBOs. Modes of weight below 0.001 are dropped.
+    posterior's are covered. Boxes come in opposite pairs; in each, the start is that of 32 random
+    points whose log-density lies highest above the quadratic of the best mode. A start that comes
+    within one standard deviation of a known mode stops. With two modes or more, the density is cut
+    by the responsibilities of the Laplace mixture into pieces that sum to it, batch-and-match fits
+    a Gaussian to each piece, and the weights follow from the pieces' ELBOs. Modes of weight below
+    0.001 are dropped.
 
     Args:
         density: guarded log-density and gradient of points ``(num_points, dim)``.
@@ -100,11 +103,11 @@ def find_modes(
     """
     summits = _collect(density, first, [], max_modes)
     if num_starts and summits:
-        wide = _wide_starts(summits[0][0], num_starts, radii, generator)
+        wide = _wide_starts(density, summits[0][0], num_starts, radii, generator)
         second = ascend(
             density,
             wide,
-            max_evaluations=100,
+            max_evaluations=50,
             max_snapshots=2,
             absorb=lambda z: _near_any(z, [summit for summit, _ in summits]),
         )
@@ -128,17 +131,41 @@ def find_modes(
 
 
 def _wide_starts(
-    centre: Gaussian, num_starts: int, radii: tuple[float, float], generator: torch.Generator
+    density: DensityAndGrad,
+    centre: Gaussian,
+    num_starts: int,
+    radii: tuple[float, float],
+    generator: torch.Generator,
 ) -> Tensor:
-    box = torch.rand(num_starts, len(centre.loc), generator=generator, dtype=torch.float64)
+    """In each box, of ``_TRIES`` random points the one that the known mode explains least."""
+    half = (num_starts + 1) // 2
     low, high = (torch.tensor(radius, dtype=torch.float64).log() for radius in radii)
-    half = num_starts // 2
-    box = 2 * box - 1
-    outer = torch.linspace(low, high, half, dtype=torch.float64).exp()[:, None] * box[:half]
-    count = num_starts - half
-    # In units of the mode's own scale anything below 3 falls back into the mode.
-    scale = torch.linspace(1.1, high, count, dtype=torch.float64).exp()[:, None]
-    return torch.cat([outer, centre.at(scale * box[half:])])
+    outer = torch.linspace(low, high, half // 2, dtype=torch.float64).exp()
+    # In units of the mode's own scale, anything below 3 falls back into the mode.
+    inner = torch.linspace(1.1, high, half - half // 2, dtype=torch.float64).exp()
+    dim = len(centre.loc)
+    box = 2 * torch.rand(half, _TRIES, dim, generator=generator, dtype=torch.float64) - 1
+    box = box * _some_coordinates(box, generator)
+    outer = outer[:, None, None] * box[: half // 2]
+    inner = inner[:, None, None] * box[half // 2 :] @ centre.scale_tril.T
+    tries = torch.cat([outer, centre.loc + inner, -outer, centre.loc - inner])[:num_starts]
+    flat = tries.reshape(-1, dim)
+    unexplained = density(flat)[0] + 0.5 * centre.distance(flat) ** 2
+    chosen = unexplained.reshape(num_starts, _TRIES).argmax(-1)
+    return tries[torch.arange(num_starts), chosen]
+
+
+def _some_coordinates(box: Tensor, generator: torch.Generator) -> Tensor:
+    """Zero-one mask: all coordinates of every other point, 1 to ``dim`` random ones of the rest.
+
+    Modes often differ in few coordinates, and a narrow one is hit only if the others stay put.
+    """
+    dim = box.shape[-1]
+    size = dim ** torch.rand(*box.shape[:-1], 1, generator=generator, dtype=box.dtype)
+    ranks = torch.rand(box.shape, generator=generator, dtype=box.dtype).argsort(-1).argsort(-1)
+    mask = ranks < size
+    mask[:, ::2] = True
+    return mask.to(box)
 
 
 def _near_any(z: Tensor, gaussians: Sequence[Gaussian]) -> Tensor:
@@ -153,6 +180,10 @@ def _collect(
     for row in ascent.log_prob.argsort(descending=True).tolist():
         if len(found) >= max_modes or not ascent.converged[row]:
             continue
+        half_log_det = 0.5 * torch.linalg.slogdet(ascent.inverse_hessian[row])[1]
+        mass = float(ascent.log_prob[row] + half_log_det)
+        if found and mass < max(log_p + float(g.log_det) for g, log_p in found) - 20:
+            continue  # far below the least weight, even for a rough inverse Hessian
         if found and bool(_near_any(ascent.loc[row : row + 1], [g for g, _ in found])):
             continue
         try:

@@ -12,13 +12,17 @@ from flowvi.infer._gaussian import Gaussian, antithetic, robust_cholesky
 from flowvi.infer.batch_and_match import batch_and_match
 from flowvi.infer.laplace import laplace
 from flowvi.infer.modes import Mode, find_modes
-from flowvi.infer.pathfinder import choose, path_gaussians
+from flowvi.infer.natural_gradient import natural_gradient
+from flowvi.infer.pathfinder import choose, elbos, path_gaussians
 from flowvi.infer.quasi_newton import Ascent, ascend
 from flowvi.infer.target import Target
 
 __all__ = ["Start", "warm_start"]
 
 _ROWS = 512  # points per evaluation, which bounds the memory of models with much data
+_ROUNDS = 5  # of natural-gradient ascent at most
+_WORTH_A_ROUND = 0.03  # nats
+_NEGLIGIBLE = 0.003  # nats
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,9 @@ def warm_start(
     num_starts: int = 8,
     radius: float = 2.0,
     seed: int | None = None,
-    num_matches: int = 40,
-    num_draws: int = 256,
+    num_matches: int = 30,
+    num_climbs: int = 30,
+    num_draws: int = 1024,
     num_mode_starts: int = 24,
 ) -> Start:
     """Find a Gaussian close to a posterior, and the posterior's separated modes.
@@ -121,8 +126,9 @@ def warm_start(
     Quasi-Newton ascent from ``num_starts`` points at once; a Laplace approximation at the best
     end; the best by ELBO among it and the Gaussians along the paths (which save posteriors without
     a mode, such as centred funnels); batch-and-match from there, because the mode is not the mean;
-    and the best by ELBO again. A stage that fails leaves the Gaussian of the stage before. Linear
-    algebra is in float64 whatever the model's dtype.
+    natural-gradient ascent of the ELBO, repeated while it gains. A stage that fails or does not
+    gain leaves the Gaussian of the stage before. Linear algebra is in float64 whatever the model's
+    dtype.
 
     Args:
         target: the log joint density.
@@ -130,7 +136,8 @@ def warm_start(
             ``radius``.
         radius: half-width of the largest box.
         seed: seed of the start's own generator; None draws one from torch's global generator.
-        num_matches: steps of batch-and-match; 0 leaves it out.
+        num_matches: steps of batch-and-match.
+        num_climbs: steps of one round of natural-gradient ascent of the ELBO; there are up to 5.
         num_draws: draws of the final ELBO.
         num_mode_starts: starts of the search for further modes; 0 leaves the search out.
 
@@ -156,15 +163,10 @@ def warm_start(
     candidates = _candidates(host, ascent, difference)
     eps = antithetic(32, target.dim, generator)
     best, _ = choose(host.log_density, [g for _, g in candidates], eps)
-    stages = [candidates[best]]
-    if num_matches:
-        matched = batch_and_match(
-            host.density, stages[0][1], generator=generator, num_steps=num_matches
-        )
-        stages.append(("batch and match", matched))
     eps = antithetic(num_draws, target.dim, generator)
-    best, log_w = choose(host.log_density, [g for _, g in stages], eps)
-    source, gaussian = stages[best]
+    source, gaussian, log_w = _improve(
+        host, candidates[best], eps, generator, num_matches, num_climbs
+    )
     modes = []
     if num_mode_starts:
         modes = find_modes(
@@ -182,11 +184,18 @@ def warm_start(
 
 
 def _candidates(host: _Host, ascent: Ascent, difference: float) -> list[tuple[str, Gaussian]]:
-    """Laplace approximation of the best end, Gaussians along the paths, and a last resort."""
+    """Laplace approximation of the best end, Gaussians along the paths, and round ones.
+
+    The round ones, at the best end and at the origin, are the last resort: of a centred funnel all
+    path points may be bad, and a unit normal is not.
+    """
     best = int(ascent.log_prob.argmax())
-    dim = ascent.loc.shape[-1]
-    resort = Gaussian(ascent.loc[best], 0.01 * torch.eye(dim, dtype=torch.float64))
-    candidates = [("best end of the ascent", resort)]
+    eye = torch.eye(ascent.loc.shape[-1], dtype=torch.float64)
+    candidates = [
+        ("round", Gaussian(loc, scale * eye))
+        for loc in (ascent.loc[best], torch.zeros_like(ascent.loc[best]))
+        for scale in (1.0, 0.3, 0.1, 0.01)
+    ]
     candidates += [("pathfinder", gaussian) for gaussian in path_gaussians(ascent)]
     try:
         rough = Gaussian(ascent.loc[best], robust_cholesky(ascent.inverse_hessian[best]))
@@ -195,6 +204,48 @@ def _candidates(host: _Host, ascent: Ascent, difference: float) -> list[tuple[st
     except RuntimeError:
         pass  # no eigendecomposition: the paths remain
     return [(name, gaussian) for name, gaussian in candidates if gaussian.is_finite]
+
+
+def _improve(
+    host: _Host,
+    first: tuple[str, Gaussian],
+    eps: Tensor,
+    generator: torch.Generator,
+    num_matches: int,
+    num_climbs: int,
+) -> tuple[str, Gaussian, Tensor]:
+    """Batch-and-match, then natural gradients until they gain little; the best and its weights."""
+    (name, here), log_w = first, elbos(host.log_density, [first[1]], eps)[0]
+    stages = [("batch and match", batch_and_match, num_matches)]
+    stages += [("natural gradient", natural_gradient, num_climbs)] * _ROUNDS
+    for stage_name, stage, num_steps in stages:
+        there = stage(host.density, here, generator=generator, num_steps=num_steps)
+        if not there.is_finite:
+            continue
+        new_log_w = elbos(host.log_density, [there], eps)[0]
+        gain, noise = _gain(new_log_w, log_w)
+        # Noise must not throw batch-and-match away; under heavy tails it is also the safer of the
+        # two, so natural gradients have to show their gain.
+        if gain > (noise if stage is natural_gradient else -0.5 * noise - _NEGLIGIBLE):
+            name, here, log_w = stage_name, there, new_log_w
+        if stage is natural_gradient and gain < _WORTH_A_ROUND + 2 * noise:
+            break
+    return name, here, log_w
+
+
+def _gain(new: Tensor, old: Tensor) -> tuple[float, float]:
+    """Difference of two ELBOs on common noise and its standard error.
+
+    Where a draw is impossible under one of them, the number of such draws decides.
+    """
+    impossible = (~torch.isfinite(old)).sum() - (~torch.isfinite(new)).sum()
+    if int(impossible):
+        return 1e3 * float(impossible), 0.0
+    both = torch.isfinite(old) & torch.isfinite(new)
+    lead = (new - old)[both]
+    if len(lead) < 2:
+        return 0.0, 0.0
+    return float(lead.mean()), float(lead.std() / len(lead) ** 0.5)
 
 
 def _finite_starts(
