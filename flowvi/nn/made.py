@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowvi.nn.mlp import check_sizes, linear_by_columns
+from flowvi.nn.mlp import activate, check_sizes, linear_by_columns
 
 __all__ = ["MADE"]
 
@@ -100,7 +100,10 @@ class MADE(nn.Module):
     def forward_with_hidden(
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The output, and every hidden layer before its activation."""
+        """The output, and every hidden layer where its activation has the slope it has here.
+
+        That is before the activation, or after a ReLU, which works in place.
+        """
         h = self.layers[0](x)
         if self.context_dim:
             h = h + self.context_layer(context)
@@ -108,7 +111,7 @@ class MADE(nn.Module):
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers[1:], 1):
             hidden.append(h)
-            h = self.activation(h)
+            h = activate(self.activation, h)
             if self.by_columns and i == last:
                 h = linear_by_columns(h, layer.masked_weight(), layer.bias)
             else:

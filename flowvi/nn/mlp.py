@@ -100,7 +100,7 @@ class MLP(nn.Module):
             h = h + self.context_layer(context)
         hidden = []
         for layer in self.layers[1:]:
-            h = self.activation(h)
+            h = activate(self.activation, h)
             hidden.append(h)
             by_columns = self.by_columns and len(hidden) == len(self.layers) - 1
             h = linear_by_columns(h, layer.weight, layer.bias) if by_columns else layer(h)
@@ -113,6 +113,11 @@ class MLP(nn.Module):
             x = x if x.requires_grad else x.detach().requires_grad_()
             h = self(x, context)
         return h, lambda grad: torch.autograd.grad(h, x, grad, retain_graph=True)[0]
+
+
+def activate(activation: nn.Module, h: Tensor) -> Tensor:
+    """Apply an activation to a tensor that nothing else needs; ReLU then works in place."""
+    return torch.relu_(h) if type(activation) is nn.ReLU else activation(h)
 
 
 def linear_by_columns(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -148,7 +148,8 @@ class Affine(ElementwiseMap):
 
     def _constrain(self, params: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = params.unbind(-1)
-        return shift, self.bound * torch.tanh(raw / self.bound)
+        # b tanh(r / b) = 2 b sigmoid(2 r / b) - b, and torch's sigmoid is several times faster.
+        return shift, 2 * self.bound * torch.sigmoid(raw * (2 / self.bound)) - self.bound
 
 
 class Chain(ElementwiseMap):

@@ -100,7 +100,7 @@ class RationalQuadratic(ElementwiseMap):
         beside = _pad(steepness[1:] + steepness[:-1], 2.0)
         raw_slopes = _pad(raw_slopes, 0.0)
         d0, d1 = (
-            2 * torch.exp(torch.tanh(pick(raw_slopes, side))) / pick(beside, side)
+            2 * torch.exp(_soft_sign(pick(raw_slopes, side))) / pick(beside, side)
             for side in (0, 1)
         )
         x0, y0 = pick(xs), pick(ys)
@@ -127,6 +127,11 @@ def _shares(raw: Tensor) -> Tensor:
     # Half the raw numbers: the bins then follow a network's output more gently, which keeps the
     # rounding errors of stacked and autoregressive splines from growing.
     return _MIN_SHARE / raw.shape[0] + (1 - _MIN_SHARE) * torch.softmax(0.5 * raw, 0)
+
+
+def _soft_sign(raw: Tensor) -> Tensor:
+    """Tanh, by way of torch's much faster sigmoid."""
+    return 2 * torch.sigmoid(2 * raw) - 1
 
 
 def _pad(inner: Tensor, value: float) -> Tensor:
