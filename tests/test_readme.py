@@ -1,0 +1,34 @@
+"""The README's Python runs as it stands, block after block."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyro
+import torch
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_readme_code_runs(monkeypatch, capsys):
+    torch.set_default_dtype(torch.float32)
+    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S)
+    assert len(blocks) == 4
+    # The bar of the first fit would only fill the log.
+    code = "\n".join(blocks).replace("seed=0)", "seed=0, progress_bar=False)", 1)
+    names: dict = {"__name__": "readme"}
+    exec(compile(code, str(README), "exec"), names)
+    assert names["draws"]["eta"].shape == (1000, 8)
+    assert names["posterior"]["eta"].shape[0] == 10
+    assert names["log_q"].isfinite().all()
+    assert names["idata"].posterior["eta"].shape[-1] == 8
+    assert names["log_prob"].shape == (5,)
+    printed = capsys.readouterr().out
+    assert "ELBO" in printed
+    assert "The fit looks good" in printed
+    pyro.clear_param_store()
+
+
+def test_readme_has_two_shell_commands():
+    assert len(re.findall(r"^```sh$", README.read_text("utf-8"), re.M)) == 2
