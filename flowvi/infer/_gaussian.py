@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["DensityAndGrad", "Gaussian", "antithetic", "lower_factor", "robust_cholesky"]
+__all__ = [
+    "DensityAndGrad",
+    "Gaussian",
+    "antithetic",
+    "average",
+    "lower_factor",
+    "robust_cholesky",
+]
 
 DensityAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Points ``(num_points, dim)`` to guarded log-densities ``(num_points,)`` and gradients."""
@@ -52,6 +59,13 @@ def antithetic(num_draws: int, dim: int, generator: torch.Generator) -> Tensor:
     """Standard normal float64 draws in opposite pairs, ``(num_draws, dim)``."""
     half = torch.randn((num_draws + 1) // 2, dim, generator=generator, dtype=torch.float64)
     return torch.cat([half, -half])[:num_draws]
+
+
+def average(gaussians: Sequence[Gaussian]) -> Gaussian:
+    """The Gaussian with the mean location and the mean covariance."""
+    factors = torch.cat([gaussian.scale_tril for gaussian in gaussians], -1)
+    loc = torch.stack([gaussian.loc for gaussian in gaussians]).mean(0)
+    return Gaussian(loc, lower_factor(factors / len(gaussians) ** 0.5))
 
 
 def lower_factor(factor: Tensor) -> Tensor:

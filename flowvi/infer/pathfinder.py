@@ -30,9 +30,8 @@ def path_gaussians(ascent: Ascent, *, num_paths: int = 2, num_points: int = 12) 
         Zhang, Carpenter, Gelman and Vehtari (2022), Pathfinder: parallel quasi-Newton
         variational inference, arXiv:2108.03782, section 2.
     """
-    order = ascent.log_prob.argsort(descending=True)[:num_paths].tolist()
     kept = []
-    for row in order:
+    for row in ascent.log_prob.argsort(descending=True)[:num_paths].tolist():
         path = ascent.paths[row]
         count = min(num_points, len(path))
         places = torch.linspace(len(path) - 1, 0, count).round().long().tolist() if count else []

@@ -66,9 +66,9 @@ def ascend(
     starts: Tensor,
     *,
     max_evaluations: int = 200,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-4,
     max_snapshots: int = 24,
-    grace: float = 0.5,
+    grace: float = 0.3,
     absorb: Callable[[Tensor], Tensor] | None = None,
 ) -> Ascent:
     """Climb from every start with dense BFGS and Armijo backtracking.
@@ -76,7 +76,7 @@ def ascend(
     Each start is its own state machine: in one round every start that is still active tries one
     point, and all these points are one evaluation. The first step is at most 1 long; it doubles
     while the curvature is negative. Once the best start has converged the others
-    have ``grace`` times the rounds spent so far, plus 20, to finish.
+    have ``grace`` times the rounds spent so far, plus 10, to finish.
 
     Args:
         density: guarded log-density and gradient of points ``(num_points, dim)``.
@@ -120,7 +120,7 @@ def ascend(
             search.active &= ~absorb(found.loc)
         best = int(found.log_prob.argmax())
         if deadline == max_evaluations and found.converged[best]:
-            deadline = min(deadline, int((1 + grace) * found.num_evaluations) + 20)
+            deadline = min(deadline, int((1 + grace) * found.num_evaluations) + 10)
     return found
 
 
@@ -225,13 +225,8 @@ def _keep_snapshots(found: Ascent, search: _Search, rows: Tensor, most: int) -> 
         if search.counts[row] % search.strides[row]:
             continue
         path = found.paths[row]
-        path.append(
-            Snapshot(
-                found.loc[row].clone(),
-                found.grad[row].clone(),
-                found.inverse_hessian[row].clone(),
-            )
-        )
+        grad, inverse = found.grad[row].clone(), found.inverse_hessian[row].clone()
+        path.append(Snapshot(found.loc[row].clone(), grad, inverse))
         if len(path) >= most:
             del path[::2]
             search.strides[row] *= 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowvi.infer._gaussian import Gaussian
-from flowvi.infer.modes import modes_are_separated
+from flowvi.infer.modes import _piece, modes_are_separated
 from flowvi.infer.start import warm_start
 from flowvi.infer.target import Target
 
@@ -89,3 +89,29 @@ def test_separation_rule() -> None:
     assert not modes_are_separated(mixture(2.5), *pair(2.5))
     flat = lambda z: (torch.zeros(len(z)), torch.zeros_like(z))  # noqa: E731
     assert not modes_are_separated(flat, *pair(9.0))
+
+
+def test_pieces_sum_to_the_density_and_have_its_gradients() -> None:
+    def density(z: Tensor) -> tuple[Tensor, Tensor]:
+        return -(z**2).sum(-1), -2 * z
+
+    gaussians = [
+        Gaussian(torch.zeros(2), torch.tensor([[1.0, 0.0], [0.5, 2.0]])),
+        Gaussian(torch.tensor([1.0, -1.0]), torch.tensor([[0.3, 0.0], [0.1, 0.5]])),
+    ]
+    log_mass = torch.tensor([0.2, -0.4])
+    z = torch.randn(7, 2)
+    pieces = [_piece(density, gaussians, log_mass, k) for k in range(2)]
+    total = torch.logsumexp(torch.stack([piece(z)[0] for piece in pieces]), 0)
+    torch.testing.assert_close(total, density(z)[0])
+    laws = [dist.MultivariateNormal(g.loc, scale_tril=g.scale_tril) for g in gaussians]
+
+    def by_hand(z: Tensor, k: int) -> Tensor:
+        terms = torch.stack([m + q.log_prob(z) for m, q in zip(log_mass, laws, strict=True)])
+        return -(z**2).sum(-1) + terms[k] - torch.logsumexp(terms, 0)
+
+    for k, piece in enumerate(pieces):
+        log_p, grad = piece(z)
+        torch.testing.assert_close(log_p, by_hand(z, k))
+        expected = torch.autograd.functional.jacobian(lambda u, k=k: by_hand(u, k).sum(), z)
+        torch.testing.assert_close(grad, expected)
