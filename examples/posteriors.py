@@ -130,6 +130,7 @@ def picture(outcomes: list[Outcome], path: Path) -> None:
     )
     for row, name in zip(axes, names, strict=True):
         mine = [o for o in outcomes if o.job.problem == name]
+        mine.sort(key=lambda o: o.job.guide not in JOINT)  # first, so that colours agree
         first, second = mine[0].draws
         for ax, label in zip(row, (first, second), strict=False):
             draws = {o.job.guide: o.draws[label] for o in mine}
