@@ -151,6 +151,11 @@ def test_mode_coverage_against_known_masses():
     torch.testing.assert_close(coverage.shares, torch.tensor([0.5, 0.5]), atol=0.03, rtol=0)
     assert coverage.log_evidence == pytest.approx(0.0, abs=0.02)
     assert float(coverage.shift[0]) == pytest.approx(-0.3 / 0.4, abs=0.1)
+    # Overlapping modes share the mass between them; nothing is counted twice.
+    near = Target(_bimodal(0.5, distance=1.0))
+    modes = [Mode(torch.full((2,), c), torch.eye(2), 0.0, 0.5) for c in (-0.5, 0.5)]
+    coverage = mode_coverage(guide_draws(_mixture(0.5, 1.0), near, 1000), near, modes)
+    assert coverage.log_evidence == pytest.approx(0.0, abs=0.05)
     with pytest.raises(ValueError, match="`modes` must hold at least one mode"):
         mode_coverage(draws, two, [])
 
