@@ -335,7 +335,6 @@ class FlowGuide(AutoGuide):
         state = self.__dict__.copy()
         state["_model"] = None
         state["master"] = None
-        state["_pyro_context"] = _Context()
         state.pop("plates", None)
         return state
 

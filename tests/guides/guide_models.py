@@ -9,6 +9,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from flowvi.distributions import Flow
+from flowvi.transforms import TriangularAffine
+
 DATA = torch.tensor([1.3, -0.4, 2.1, 0.2, 0.9, 1.7], dtype=torch.float64)
 
 
@@ -63,3 +66,8 @@ def shake(guide: torch.nn.Module, scale: float = 0.2) -> None:
     with torch.no_grad():
         for parameter in guide.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
+
+
+def affine(input_dim: int, context_dim: int = 0) -> Flow:
+    """The cheapest recipe, exact for Gaussian posteriors."""
+    return Flow(TriangularAffine(input_dim, context_dim))

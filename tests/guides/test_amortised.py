@@ -33,9 +33,9 @@ def encoder(width: int = 4) -> nn.Module:
 
 def test_the_posterior_of_new_data_is_recovered_without_training() -> None:
     guide = AmortizedFlow(pairs, nn.Linear(2, 4), small, init_scale=0.5).initialize(PAIRS)
-    optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.994})
-    svi = SVI(pairs, guide, optimizer, STL(4, max_plate_nesting=1))
-    for _ in range(500):
+    optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.99})
+    svi = SVI(pairs, guide, optimizer, STL(2, max_plate_nesting=1))
+    for _ in range(350):
         svi.step(torch.randn(32, 2) * 1.4)
     mix = torch.tensor([[1.0, 0.6], [0.0, 0.8]])
     covariance = torch.linalg.inv(torch.eye(2) + mix.T @ mix / 0.36)

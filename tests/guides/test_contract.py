@@ -312,3 +312,19 @@ def test_data_on_another_device(name: str) -> None:
     guide = build(name)
     with pytest.raises(ValueError, match="Argument `0` must be on cpu.*got meta"):
         guide(DATA.to("meta"))
+
+
+@every
+@pytest.mark.gpu
+def test_everything_stays_on_the_gpu(name: str) -> None:
+    guide = GUIDES[name].make(hierarchy)
+    if isinstance(getattr(guide, "encoder", None), nn.Module):
+        guide.encoder.cuda()
+    data = DATA.cuda()
+    guide.initialize(data)
+    svi = SVI(hierarchy, guide, pyro.optim.Adam({"lr": 0.01}), STL(4, max_plate_nesting=1))
+    assert torch.tensor(svi.step(data)).isfinite()
+    assert all(t.is_cuda for t in guide.state_dict().values())
+    assert guide.median(data)["z"].is_cuda
+    with pytest.raises(ValueError, match="Argument `0` must be on cuda.*got cpu"):
+        guide(DATA)

@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from guide_models import DATA, hierarchy, shake
+from guide_models import DATA, affine, hierarchy, shake
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
@@ -62,7 +62,7 @@ def test_gradient_of_the_weights_against_the_closed_form(objective: object) -> N
 
 def test_weights_of_two_modes_are_recovered() -> None:
     modes = [mode(-4.2, 0.5, 0.7), mode(4.3, 0.5, 1.2)]
-    guide = AutoMixtureFlow(two_modes, 2, small, modes=modes).initialize()
+    guide = AutoMixtureFlow(two_modes, 2, affine, modes=modes).initialize()
     torch.testing.assert_close(guide.weights, torch.tensor([0.5, 0.5]))
     optimizer = pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.985})
     svi = SVI(two_modes, guide, optimizer, stock(16, max_plate_nesting=0))
