@@ -38,6 +38,8 @@ def test_scores_are_standard_normal_at_the_posterior():
             assert abs(float(z.mean())) < 0.4
             assert 0.75 < float(z.std()) < 1.3
     assert all(0.65 < r.acceptance < 0.95 for r in runs)
+    # In whitened coordinates of a normal target two leapfrog steps per transition are enough.
+    assert all(r.step_size > 0.6 and r.num_gradients < 80 for r in runs)
 
 
 def test_slow_chains_have_honest_errors():
@@ -84,7 +86,9 @@ def test_importance_shifts_have_honest_errors():
         scores.append((values[-1] - truth) / torch.stack([shifts.mean_se, shifts.log_sd_se]))
     assert float(torch.stack(values)[:, 0].mean()) == pytest.approx(0.03, abs=0.003)
     assert float(torch.stack(values)[:, 1].mean()) == pytest.approx(math.log(1.05), abs=0.005)
-    assert 0.75 < float(torch.stack(scores).std()) < 1.3
+    # 160 scores each, correlated within a run.
+    spread = torch.stack(scores).std((0, 2))
+    assert bool(((spread > 0.75) & (spread < 1.3)).all())
 
 
 def test_sample_shifts():
