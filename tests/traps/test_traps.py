@@ -95,11 +95,11 @@ def test_2_local_latents_of_a_subsampled_plate_keep_their_spread():
     with pytest.raises(NotImplementedError, match="Plate `items` is subsampled.*AutoPlateFlow"):
         AutoFlow(local_latents, small).initialize(x)
     ours = AutoPlateFlow(local_latents, small, small, init_scale=0.7).initialize(x)
-    svi = FlowSVI(local_latents, ours, GlobalOptim(0.03), STL(8, antithetic=True))
-    for _ in range(300):
+    svi = FlowSVI(local_latents, ours, GlobalOptim(0.02), STL(8, antithetic=True))
+    for _ in range(400):
         svi.step(x)
     low, high = ours.quantiles([0.158655, 0.841345], x)["z"]
-    assert abs((high - low).mean() / 2 / EXACT_SD - 1) < 0.06
+    assert abs((high - low).mean() / 2 / EXACT_SD - 1) < 0.08
 
 
 # 3. Bounds that exponentiate the weights, on minibatches.
