@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from flowvi.transforms.elementwise import ElementwiseMap
@@ -56,13 +56,14 @@ def solve(
 
     Returns:
         What each level puts out (x, then hidden units) and what levels 1 and up take in (hidden
-        units before the activation, then theta).
+        units before the activation, or after a ReLU, which has the same slope there; then theta).
     """
     last = len(layers)
+    inputs = [y.new_empty(weight.shape[0], y.shape[1]) for weight, _ in layers]
+    in_place = type(activation) is nn.ReLU
     # Zeros, not garbage: columns not known yet meet weights that are zero.
     outputs = [torch.zeros_like(y)]
-    outputs += [y.new_zeros(weight.shape[0], y.shape[1]) for weight, _ in layers[:-1]]
-    inputs = [y.new_empty(weight.shape[0], y.shape[1]) for weight, _ in layers]
+    outputs += inputs[:-1] if in_place else [torch.zeros_like(taken) for taken in inputs[:-1]]
     x_rows, y_rows = outputs[0].unbind(0), y.unbind(0)
     for begin in range(0, y.shape[0], _BLOCK):
         end = min(begin + _BLOCK, y.shape[0])
@@ -95,7 +96,11 @@ def solve(
                 if taken.shape[0] == 0:
                     continue
                 taken.addmm_(weight, nears[level])
-                if level < last - 1:
+                if level == last - 1:
+                    break
+                if in_place:
+                    taken.relu_()
+                else:
                     made.copy_(activation(taken))
             x_rows[i].copy_(elementwise.inverse(y_rows[i], taken.t()))
     return outputs, inputs
@@ -185,7 +190,7 @@ def partials(elementwise: ElementwiseMap, x: Tensor, theta: Tensor) -> tuple[Ten
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         theta = theta.detach().unflatten(0, (x.shape[0], -1)).requires_grad_()
-        y, _ = elementwise.call_and_ladj(x, theta.transpose(1, 2))
+        y, _ = elementwise.call_and_ladj(x.t(), theta.permute(2, 0, 1))
         return torch.autograd.grad(y.sum(), (x, theta))
 
 

@@ -156,8 +156,8 @@ class Autoregressive(FlowTransform):
         spec = (self._starts, network.activation, self.elementwise)
         columns = network.sort(y.t(), 0).contiguous()
         x, theta = Inversion.apply(spec, columns, *itertools.chain.from_iterable(layers))
-        by_param = theta.unflatten(0, (self.input_dim, -1)).transpose(1, 2)
-        ladj = self.elementwise.call_and_ladj(x, by_param)[1].sum(0)
+        params = theta.unflatten(0, (self.input_dim, -1)).permute(2, 0, 1)
+        ladj = self.elementwise.call_and_ladj(x.t(), params)[1].sum(-1)
         x = network.unsort(x, 0).t().contiguous()
         return x.reshape(*batch, self.input_dim), -ladj.reshape(batch)
 

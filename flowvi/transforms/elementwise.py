@@ -146,6 +146,11 @@ class Affine(ElementwiseMap):
             score = score / scale
             return y, log_scale, score, torch.stack([score, pulled], -1)
 
+    def inverse(self, y: Tensor, params: Tensor) -> Tensor:
+        shift, raw = params.unbind(-1)
+        double = 2 * self.bound
+        return (y - shift) * torch.exp(self.bound - double * torch.sigmoid(raw * (2 / self.bound)))
+
     def _constrain(self, params: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = params.unbind(-1)
         # b tanh(r / b) = 2 b sigmoid(2 r / b) - b, and torch's sigmoid is several times faster.

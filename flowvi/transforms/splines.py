@@ -58,59 +58,58 @@ class RationalQuadratic(ElementwiseMap):
 
     def call_and_ladj(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         inner, params = _columns(x.clamp(-self.bound, self.bound), params)
-        x0, w, y0, h, d0, d1 = self._bin(inner, params, search_heights=False)
+        x0, w, y0, h, d0, d1 = self._bin(inner, params, axis=0)
         y, log_slope = _segment((inner - x0) / w, w, y0, h, d0, d1)
-        return self._outside(x, y, log_slope)
+        return self._outside(x, y), self._outside(x, log_slope, 0.0)
 
     def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         inner, params = _columns(y.clamp(-self.bound, self.bound), params)
-        x0, w, y0, h, d0, d1 = self._bin(inner, params, search_heights=True)
-        s = h / w
-        eta = inner - y0
-        bent = eta * (d0 + d1 - 2 * s)
-        a = h * (s - d0) + bent
-        b = h * d0 - bent
-        c = s * eta
-        # The root in [0, 1] in the form that does not cancel; where b < 0, a > h s > 0.
-        q = b.abs() + torch.sqrt((b * b + 4 * a * c).clamp_min(0.0))
-        positive = b >= 0
-        xi = torch.where(positive, 2 * c, q) / torch.where(positive, q, 2 * a)
+        x0, w, y0, h, d0, d1 = self._bin(inner, params, axis=1)
+        xi = _root(inner - y0, w, h, d0, d1)
         log_slope = _segment(xi, w, y0, h, d0, d1)[1]
-        return self._outside(y, x0 + xi * w, -log_slope)
+        return self._outside(y, x0 + xi * w), self._outside(y, -log_slope, 0.0)
 
-    def _outside(self, value: Tensor, result: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the identity outside the box, and the dimensions back into the last place."""
+    def inverse(self, y: Tensor, params: Tensor) -> Tensor:
+        inner, params = _columns(y.clamp(-self.bound, self.bound), params)
+        x0, w, y0, h, d0, d1 = self._bin(inner, params, axis=1)
+        return self._outside(y, x0 + _root(inner - y0, w, h, d0, d1) * w)
+
+    def _outside(self, value: Tensor, result: Tensor, outside: float | None = None) -> Tensor:
+        """Put ``outside`` (or the value itself) outside the box, and dimensions back in place."""
         inside = value.abs() < self.bound
-        result, ladj = result.movedim(0, -1), ladj.movedim(0, -1)
-        return torch.where(inside, result, value), torch.where(inside, ladj, 0.0)
+        return torch.where(inside, result.movedim(0, -1), value if outside is None else outside)
 
-    def _bin(self, value: Tensor, params: Tensor, *, search_heights: bool) -> tuple[Tensor, ...]:
-        """Left knot, width, lower knot, height and end slopes of the bin that holds ``value``."""
-        k = self.num_bins
-        raw_widths, raw_heights, raw_slopes = params.split((k, k, k - 1))
-        widths, heights = _shares(raw_widths), _shares(raw_heights)
-        xs, ys = self._knots(widths), self._knots(heights)
-        index = (value >= (ys if search_heights else xs)[1:-1]).sum(0, keepdim=True)
+    def _bin(self, value: Tensor, params: Tensor, axis: int) -> tuple[Tensor, ...]:
+        """Left knot, width, lower knot, height and end slopes of the bin that holds ``value``.
 
-        def pick(table: Tensor, offset: int = 0) -> Tensor:
-            return table.expand(-1, *index.shape[1:]).gather(0, index + offset).squeeze(0)
-
-        steepness = widths / heights
-        # Sum of the inverse slopes of the bins beside each knot; 2 makes the end slopes 1.
-        beside = _pad(steepness[1:] + steepness[:-1], 2.0)
-        raw_slopes = _pad(raw_slopes, 0.0)
-        d0, d1 = (
-            2 * torch.exp(_soft_sign(pick(raw_slopes, side))) / pick(beside, side)
-            for side in (0, 1)
+        ``axis`` says what ``value`` is: 0 for x, 1 for y.
+        """
+        k, bound = self.num_bins, self.bound
+        raw, raw_slopes = params.split((2 * k, k - 1))
+        # Half the raw numbers: the bins then follow a network's output more gently, which keeps
+        # the rounding errors of stacked and autoregressive splines from growing.
+        soft = torch.softmax(0.5 * raw.unflatten(0, (2, k)), 1)
+        # Inner knots of x and y: a share of evenly spread ones and a share of the network's.
+        even = torch.arange(1, k, dtype=soft.dtype, device=soft.device) * (2 * bound / k)
+        knots = torch.add(
+            _as_column(_MIN_SHARE * even - bound, soft.dim() - 1),
+            soft[:, :-1].cumsum(1),
+            alpha=2 * bound * (1 - _MIN_SHARE),
         )
-        x0, y0 = pick(xs), pick(ys)
-        return x0, pick(xs, 1) - x0, y0, pick(ys, 1) - y0, d0, d1
-
-    def _knots(self, shares: Tensor) -> Tensor:
-        """The ``num_bins + 1`` knots of one axis, the ends exactly on the box."""
-        inner = 2 * self.bound * torch.cumsum(shares[:-1], 0) - self.bound
-        end = inner.new_full((1, *inner.shape[1:]), self.bound)
-        return torch.cat([-end, inner, end])
+        index = (value >= knots[axis]).sum(0)
+        # From here on all is as small as ``value``: four knots around it, and three bins.
+        number = index + _as_column(torch.arange(-1, 3, device=index.device), value.dim() + 1)
+        place = (number - 1).clamp(0, k - 2)
+        near = knots.expand(-1, -1, *index.shape).gather(1, place.expand(2, -1, *index.shape))
+        near = torch.where(number <= 0, -bound, torch.where(number >= k, bound, near))
+        widths, heights = near.diff(dim=1).unbind(0)
+        # Beyond the box there is no bin: 0 / 1, not 0 / 0, and the slope of the end knot is 1.
+        steepness = widths / torch.where(heights > 0, heights, 1.0)
+        picked = raw_slopes.expand(-1, *index.shape).gather(0, place[1:3])
+        slopes = 2 * torch.exp(_soft_sign(picked)) / (steepness[1:] + steepness[:-1])
+        inner = (number[1:3] > 0) & (number[1:3] < k)
+        d0, d1 = torch.where(inner, slopes, 1.0).unbind(0)
+        return near[0, 1], widths[1], near[1, 1], heights[1], d0, d1
 
 
 _MIN_SHARE = 0.3  # least size of a bin, as a share of an even one
@@ -123,10 +122,9 @@ def _columns(value: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     return value.movedim(-1, 0).contiguous(), params.movedim((-1, -2), (0, 1)).contiguous()
 
 
-def _shares(raw: Tensor) -> Tensor:
-    # Half the raw numbers: the bins then follow a network's output more gently, which keeps the
-    # rounding errors of stacked and autoregressive splines from growing.
-    return _MIN_SHARE / raw.shape[0] + (1 - _MIN_SHARE) * torch.softmax(0.5 * raw, 0)
+def _as_column(values: Tensor, num_dims: int) -> Tensor:
+    """One value per first index, to broadcast against a tensor of so many dimensions."""
+    return values[(...,) + (None,) * (num_dims - 1)]
 
 
 def _soft_sign(raw: Tensor) -> Tensor:
@@ -134,9 +132,17 @@ def _soft_sign(raw: Tensor) -> Tensor:
     return 2 * torch.sigmoid(2 * raw) - 1
 
 
-def _pad(inner: Tensor, value: float) -> Tensor:
-    end = inner.new_full((1, *inner.shape[1:]), value)
-    return torch.cat([end, inner, end])
+def _root(eta: Tensor, w: Tensor, h: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
+    """Position in a bin at height ``eta`` above its lower knot: a quadratic's root in [0, 1]."""
+    s = h / w
+    bent = eta * (d0 + d1 - 2 * s)
+    a = h * (s - d0) + bent
+    b = h * d0 - bent
+    c = s * eta
+    # The form that does not cancel; where b < 0, a > h s > 0.
+    q = b.abs() + torch.sqrt((b * b + 4 * a * c).clamp_min(0.0))
+    positive = b >= 0
+    return torch.where(positive, 2 * c, q) / torch.where(positive, q, 2 * a)
 
 
 def _segment(
