@@ -17,11 +17,11 @@ from pyro.poutine.util import site_is_subsample
 from flowvi.infer._inputs import is_subsampled, trace_programs
 from flowvi.infer._starting import apply_start, can_start
 from flowvi.infer.start import Start, warm_start
-from flowvi.infer.target import Target
+from flowvi.infer.target import Evaluation, Target
 from flowvi.objectives import ELBO, STL, Objective
 from flowvi.objectives._constants import leaf_of
 
-__all__ = ["default_objective", "find_start", "first_run", "settle_objective"]
+__all__ = ["default_objective", "find_start", "find_target", "first_run", "settle_objective"]
 
 _NUM_PARTICLES, _NUM_PARTICLES_SUBSAMPLED, _NUM_PARTICLES_LOOP = 128, 16, 8
 _CLIP_FACTOR = 10.0
@@ -58,9 +58,19 @@ def default_objective(
     return STL(number, antithetic=number % 2 == 0, clip_factor=_CLIP_FACTOR)
 
 
+def find_target(model: Callable, args: tuple, kwargs: dict) -> tuple[Target | None, str]:
+    """The model as a density, or why it is none (a subsampled plate, a discrete site)."""
+    try:
+        with pyro.validation_enabled(False):
+            return Target(model, args, kwargs), ""
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        return None, str(error).splitlines()[0]
+
+
 def settle_objective(
     objective: Objective,
     traces: tuple[Trace, Trace],
+    target: Target | None,
     model: Callable,
     guide: Callable,
     args: tuple,
@@ -75,8 +85,34 @@ def settle_objective(
     if not objective.vectorize_particles or objective.num_particles == 1:
         return objective, []
     depth = max(map(_plate_depth, traces))
+    reason = _why_not_batched(depth, target, model, guide, args, kwargs)
+    if reason is None:
+        objective.max_plate_nesting = depth + 1
+        return objective, []
+    note = (
+        "The particles run one after the other, because model and guide do not run as one "
+        f"batch of particles ({reason})."
+    )
+    warnings.warn(note, stacklevel=3)
+    objective.vectorize_particles = False
+    objective.max_plate_nesting = depth
+    objective.num_particles = min(objective.num_particles, _NUM_PARTICLES_LOOP)
+    return objective, [note]
+
+
+def _why_not_batched(
+    depth: int,
+    target: Target | None,
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: dict,
+) -> str | None:
+    """Why particles cannot run as one batch, in words; None if they can."""
+    if target is not None and target.evaluation is not Evaluation.BROADCAST:
+        return "the model gives other values in a batch than one by one, or raises"
     stock = Trace_ELBO(
-        num_particles=2,
+        num_particles=3,
         vectorize_particles=True,
         max_plate_nesting=depth,
         strict_enumeration_warning=False,
@@ -84,34 +120,35 @@ def settle_objective(
     try:
         with torch.no_grad(), pyro.validation_enabled(True):
             stock.loss(model, guide, *args, **kwargs)
+            # Another number of particles, because a dim of the model may be 3 by chance; and
+            # Pyro's checks pass over dims to the left of all plates, ours do not.
+            trial = ELBO(7, max_plate_nesting=depth)
+            trial.log_weight_draws(model, guide, *args, **kwargs)
     except (ValueError, RuntimeError, IndexError, AssertionError) as error:
-        note = (
-            "The particles run one after the other, because model and guide do not run as one "
-            f"batch of particles ({str(error).strip().splitlines()[0]})."
-        )
-        warnings.warn(note, stacklevel=4)
-        objective.vectorize_particles = False
-        objective.max_plate_nesting = depth
-        objective.num_particles = min(objective.num_particles, _NUM_PARTICLES_LOOP)
-        return objective, [note]
-    objective.max_plate_nesting = stock.max_plate_nesting
-    return objective, []
+        return str(error).strip().splitlines()[0]
+    return None
 
 
 def find_start(
-    start: bool | Start, model: Callable, guide: Callable, args: tuple, kwargs: dict
+    start: bool | Start, guide: Callable, target: Target | None, reason: str
 ) -> tuple[Start | None, list[str]]:
-    """Find a warm start (or take the given one) and put it into the guide."""
+    """Find a warm start (or take the given one) and put it into the guide.
+
+    Raises:
+        ValueError: if a start is given for a model that has no target.
+    """
     if start is False or not can_start(guide):
         return None, []
-    try:
-        target = Target(model, args, kwargs)
-        if start is True:
-            start = warm_start(target)
-    except (NotImplementedError, ValueError, RuntimeError) as error:
+    if target is None:
         if start is not True:
-            raise
-        return None, [f"No warm start: {str(error).splitlines()[0]}"]
+            raise ValueError(f"`start` must be True or False for this model: {reason}")
+        return None, [f"No warm start: {reason}"]
+    if start is True:
+        modes = {} if hasattr(guide, "whiten_modes") else {"num_mode_starts": 0}
+        try:
+            start = warm_start(target, **modes)
+        except RuntimeError as error:
+            return None, [f"No warm start: {str(error).splitlines()[0]}"]
     apply_start(guide, start, target)
     return start, []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -15,7 +16,13 @@ from torch import Tensor
 from flowvi.infer._inputs import check_arguments, check_numbers, is_subsampled
 from flowvi.infer._plateau import Plateau
 from flowvi.infer._run import Run, RunOptions
-from flowvi.infer._setup import default_objective, find_start, first_run, settle_objective
+from flowvi.infer._setup import (
+    default_objective,
+    find_start,
+    find_target,
+    first_run,
+    settle_objective,
+)
 from flowvi.infer.averaging import Average, copy_into
 from flowvi.infer.checkpoint import get_rng_state, set_rng_state
 from flowvi.infer.optim import GlobalOptim, Schedule
@@ -27,7 +34,7 @@ from flowvi.objectives import ELBO, Objective
 __all__ = ["fit"]
 
 _NUM_STEPS, _NUM_STEPS_SUBSAMPLED = 1000, 5000
-_SELECTION_DRAWS, _REPORT_DRAWS = 512, 2048
+_SELECTION_DRAWS, _REPORT_DRAWS, _MEASURED_TOGETHER = 512, 2048, 128
 
 
 def fit(
@@ -124,7 +131,8 @@ def fit(
         traces = first_run(model, guide, args, kwargs)
         if objective is None:
             objective = default_objective(*traces, num_particles)
-        objective, notes = settle_objective(objective, traces, model, guide, args, kwargs)
+        target, reason = find_target(model, args, kwargs)
+        objective, notes = settle_objective(objective, traces, target, model, guide, args, kwargs)
         if num_steps is None:
             num_steps = _NUM_STEPS_SUBSAMPLED if is_subsampled(traces[0]) else _NUM_STEPS
         optim = GlobalOptim(lr, clip_norm=clip_norm, schedule=Schedule(num_steps))
@@ -140,19 +148,19 @@ def fit(
             began,
         )
         with pyro.validation_enabled(False):
-            return _finish(run, start, notes, store)
+            find = functools.partial(find_start, start, guide, target, reason)
+            return _finish(run, find, notes, store)
 
 
-def _finish(run: Run, start: bool | Start, notes: list[str], store: dict) -> Fit:
+def _finish(run: Run, find: Callable, notes: list[str], store: dict) -> Fit:
     """Start or resume, train, choose the iterate, and measure the result."""
     svi, checkpoint = run.svi, run.options.checkpoint
-    programs = svi.model, svi.guide, run.args, run.kwargs
     found = None
     run.svi.optim.admit(svi.named_parameters())
     if checkpoint is not None and os.path.exists(checkpoint):
         run.resume()
     else:
-        found, more = find_start(start, *programs)
+        found, more = find()
         notes = [*notes, *more]
         svi.optim.admit(svi.named_parameters())
     run.train()
@@ -197,9 +205,11 @@ def _keep_better_iterate(run: Run) -> bool:
 def _measure(run: Run, num_draws: int) -> tuple[float, float]:
     """Plain ELBO and its standard error over independent runs of the objective's batch size."""
     svi, like = run.svi, run.svi.objective
-    plain = ELBO(like.num_particles, vectorize_particles=like.vectorize_particles)
+    single = not like.vectorize_particles or like.num_particles == 1
+    number = like.num_particles if single else max(like.num_particles, _MEASURED_TOGETHER)
+    plain = ELBO(number, vectorize_particles=not single)
     plain.max_plate_nesting = like.max_plate_nesting
-    batches = max(math.ceil(num_draws / like.num_particles), 2)
+    batches = max(math.ceil(num_draws / number), 8)
     draws = [
         plain.log_weight_draws(svi.model, svi.guide, *run.args, **run.kwargs)
         for _ in range(batches)

@@ -93,7 +93,8 @@ class Objective(pyro.infer.ELBO):
         """
         traces, batch = self._runs(model, guide, args, kwargs)
         dim = self._particle_dim
-        return torch.cat([per_particle(log_weights(m, g), batch, dim) for m, g in traces])
+        weights = [log_weights(m, g, max_dim=self._max_dim) for m, g in traces]
+        return torch.cat([per_particle(w, batch, dim) for w in weights])
 
     def _runs(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict
@@ -128,3 +129,9 @@ class Objective(pyro.infer.ELBO):
     @property
     def _particle_dim(self) -> int:
         return -int(self.max_plate_nesting)
+
+    @property
+    def _max_dim(self) -> int | None:
+        """Most batch dims that a site may have; more would be counted once for every particle."""
+        batched = self.vectorize_particles and self.num_particles > 1
+        return int(self.max_plate_nesting) if batched else None

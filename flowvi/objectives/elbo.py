@@ -57,7 +57,7 @@ class ELBO(Objective):
             scores.append((site, parts.score_function))
             return with_gradient_of(parts.log_prob, parts.entropy_term)
 
-        weights = log_weights(model_trace, guide_trace, guide_term)
+        weights = log_weights(model_trace, guide_trace, guide_term, max_dim=self._max_dim)
         elbo = per_particle(weights, num_particles, self._particle_dim).mean()
         extra = score_function_term(weights, scores, num_particles, self._particle_dim)
         return elbo if extra is None else elbo + extra / num_particles

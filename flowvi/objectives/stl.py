@@ -103,7 +103,7 @@ class STL(Objective):
                 return fn.log_prob(site["value"])
             return with_constant_parameters(fn, site["name"]).log_prob(site["value"])
 
-        weights = log_weights(model_trace, guide_trace, guide_term)
+        weights = log_weights(model_trace, guide_trace, guide_term, max_dim=self._max_dim)
         draws = per_particle(weights, num_particles, self._particle_dim)
         elbo = draws.mean() if self.clip_factor is None else _finite_mean(draws)
         extra = score_function_term(weights, scores, num_particles, self._particle_dim)

@@ -65,7 +65,11 @@ def attached(site: dict) -> Tensor:
 
 
 def log_weights(
-    model_trace: Trace, guide_trace: Trace, guide_term: GuideTerm = attached
+    model_trace: Trace,
+    guide_trace: Trace,
+    guide_term: GuideTerm = attached,
+    *,
+    max_dim: int | None = None,
 ) -> list[LogWeight]:
     r"""Group :math:`\log p(x, z) - \log q(z)` by the plates that its terms share.
 
@@ -74,16 +78,21 @@ def log_weights(
         guide_trace: trace of the guide; subsample sites are pruned from both.
         guide_term: gives the log-density of a guide site (nats, its batch shape); an estimator
             replaces it to change what carries a gradient, never the value.
+        max_dim: number of plate dims, that of the particles included; ``None`` checks nothing.
 
     Returns:
         One :class:`LogWeight` per set of plates and scale, in order of appearance. Terms are not
         summed over plates, so nothing has been mixed that is independent given the globals.
+
+    Raises:
+        ValueError: if a site has more batch dims than there are plates, which would be counted
+            once for every particle too often.
     """
     groups: dict[tuple, LogWeight] = {}
     for site in _sample_sites(model_trace):
-        _add(groups, site, attached(site))
+        _add(groups, site, attached(site), max_dim)
     for site in _sample_sites(guide_trace):
-        _add(groups, site, -guide_term(site))
+        _add(groups, site, -guide_term(site), max_dim)
     return list(groups.values())
 
 
@@ -148,7 +157,14 @@ def _sample_sites(trace: Trace) -> Iterable[dict]:
     return (s for s in nodes if s["type"] == "sample" and not site_is_subsample(s))
 
 
-def _add(groups: dict[tuple, LogWeight], site: dict, value: Tensor) -> None:
+def _add(groups: dict[tuple, LogWeight], site: dict, value: Tensor, max_dim: int | None) -> None:
+    if max_dim is not None and value.dim() > max_dim:
+        raise ValueError(
+            f"Site `{site['name']}` must have at most {max_dim} batch dimensions, one for each "
+            f"plate and one for the particles; its log-density has shape {tuple(value.shape)}. "
+            "Write the model with indices from the right and .to_event, or give "
+            "vectorize_particles=False."
+        )
     plates = tuple(f for f in site["cond_indep_stack"] if f.vectorized)
     scale = site["scale"]
     value = scale_and_mask(value, 1.0, site["mask"])

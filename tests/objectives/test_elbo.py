@@ -270,6 +270,19 @@ def test_meta_device(make):
     assert guide.loc.grad.device.type == "meta"
 
 
+def test_a_site_that_would_be_counted_twice_is_refused():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(z[..., :1], 1.0), obs=torch.zeros(3))
+
+    def guide():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="Site `y` must have at most 2 batch dimensions"):
+        ELBO(4, max_plate_nesting=1).loss(model, guide)
+
+
 def test_bad_arguments():
     with pytest.raises(
         ValueError, match="`num_particles` must be an integer of at least 1; got 0"
