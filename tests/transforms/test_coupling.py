@@ -37,11 +37,17 @@ def randomise(module: nn.Module) -> nn.Module:
 def score_through_inverse(
     transform: FlowTransform, y: Tensor, context: Tensor | None = None
 ) -> Tensor:
-    """Gradient in y of log N(x; 0, I) + ladj, by autograd through the inverse."""
-    leaf = y.detach().requires_grad_()
-    x, ladj = transform.inverse_and_ladj(leaf, context)
-    log_q = -0.5 * x.square().sum() + ladj.sum()
-    return torch.autograd.grad(log_q, leaf)[0]
+    """Gradient in y of log N(x; 0, I) + ladj, by autograd through the inverse.
+
+    Under torch.func an autoregressive inverse is a plain loop of full passes, which shares no
+    code with the adjoint solve that the recursion uses.
+    """
+
+    def log_density(y: Tensor) -> Tensor:
+        x, ladj = transform.inverse_and_ladj(y, context)
+        return ladj.sum() - 0.5 * x.square().sum()
+
+    return torch.func.grad(log_density)(y.detach())
 
 
 @every_map
