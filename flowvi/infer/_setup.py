@@ -144,12 +144,18 @@ def find_start(
             raise ValueError(f"`start` must be True or False for this model: {reason}")
         return None, [f"No warm start: {reason}"]
     if start is True:
-        modes = {} if hasattr(guide, "whiten_modes") else {"num_mode_starts": 0}
+        modes = {} if hasattr(guide, "whiten") else {"num_mode_starts": 0}
         try:
             start = warm_start(target, **modes)
         except RuntimeError as error:
             return None, [f"No warm start: {str(error).splitlines()[0]}"]
     apply_start(guide, start, target)
+    if len(start.modes) > 1 and not hasattr(guide, "whiten_modes"):
+        shares = ", ".join(f"{mode.weight:.2f}" for mode in start.modes)
+        return start, [
+            f"The posterior has {len(start.modes)} separated modes (shares {shares}), and this "
+            "guide starts at one of them. AutoMixtureFlow covers several."
+        ]
     return start, []
 
 

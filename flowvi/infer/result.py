@@ -97,6 +97,8 @@ class Fit:
         """Whether the result can be trusted; see :func:`flowvi.diagnostics.check`."""
         from flowvi.diagnostics import check
 
+        if self.start is not None and self.start.modes:
+            options.setdefault("modes", self.start.modes)
         with self.scope():
             return check(self.model, self.guide, *self.args, **options, **self.kwargs)
 
