@@ -8,7 +8,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +19,19 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import torch  # noqa: E402
 
-__all__ = ["Timing", "facts", "interleave", "table", "write_json"]
+__all__ = ["Timing", "facts", "interleave", "steady_allocator", "table", "write_json"]
+
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "268435456"}
+
+
+def steady_allocator() -> None:
+    """Start the program again with an allocator that keeps freed memory.
+
+    glibc gives freed memory back to the system and fetches it again, page by page. Whether that
+    happens depends on what ran before; it can cost a third of a forward pass, in any library.
+    """
+    if any(os.environ.get(name) != value for name, value in _KEEP_MEMORY.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_KEEP_MEMORY})
 
 
 @dataclass
@@ -46,8 +58,8 @@ class Timing:
 
 
 def interleave(
-    cases: Mapping[str, Callable[[], object]], repeats: int, slow: float = 1.0
-) -> dict[str, Timing]:
+    cases: Mapping[Hashable, Callable[[], object]], repeats: int, slow: float = 1.0
+) -> dict[Hashable, Timing]:
     """Time functions in turn, round after round, so that a busy spell hits all of them.
 
     Args:
@@ -91,6 +103,7 @@ def facts(*packages: str) -> dict[str, Any]:
     return {
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "clock": "process CPU time",
+        "allocator": _KEEP_MEMORY,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "processor": _processor(),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 # Before torch: it limits every library to one thread.
-from _timing import Timing, facts, interleave, table, write_json  # isort: skip
+from _timing import Timing, facts, interleave, steady_allocator, table, write_json  # isort: skip
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +26,8 @@ LAYERS, HIDDEN, BATCH, BINS, BOUND = 5, (256, 256), 1024, 8, 5.0
 KINDS = ("realnvp", "maf", "iaf", "spline coupling", "spline autoregressive")
 COLUMNS = ("log_prob", "log_prob, backward", "sample", "sample and log_prob, backward")
 SLOW_COLUMNS = {"maf": COLUMNS[2:], "iaf": COLUMNS[:2], "spline autoregressive": COLUMNS[2:]}
+# nflows and normflows: two hidden layers.
+MADE = {"hidden_features": HIDDEN[0], "num_blocks": 1, "use_residual_blocks": False}
 
 Cases = dict[str, Callable[[], object]]
 
@@ -137,12 +139,7 @@ def nflows_cases(kind: str, dim: int) -> Cases:
     from nflows.flows.base import Flow
 
     spline = {"num_bins": BINS, "tails": "linear", "tail_bound": BOUND}
-    made = {
-        "features": dim,
-        "hidden_features": HIDDEN[0],
-        "num_blocks": 1,
-        "use_residual_blocks": False,
-    }
+    made = {**MADE, "features": dim}
     layers = []
     for i in range(LAYERS):
         mask = alternating(dim, i).int()
@@ -189,12 +186,7 @@ def normflows_cases(kind: str, dim: int) -> Cases:
     from normflows.flows.base import Reverse
     from normflows.flows.neural_spline import autoregressive, coupling
 
-    made = {
-        "features": dim,
-        "hidden_features": HIDDEN[0],
-        "num_blocks": 1,
-        "use_residual_blocks": False,
-    }
+    made = {**MADE, "features": dim}
     spline = {"num_bins": BINS, "tails": "linear", "tail_bound": BOUND}
     layers = []
     for i in range(LAYERS):
@@ -312,10 +304,11 @@ def measure(kind: str, dim: int, repeats: int) -> dict[str, dict[str, Timing]]:
             made[name] = build(kind, dim)
         except ImportError:
             print(f"{name} is not installed: left out")
-    return {
-        column: interleave({name: case[column] for name, case in made.items()}, repeats)
-        for column in COLUMNS
-    }
+    timings = interleave(
+        {(column, name): case[column] for column in COLUMNS for name, case in made.items()},
+        repeats,
+    )
+    return {column: {name: timings[column, name] for name in made} for column in COLUMNS}
 
 
 def ratios(kind: str, timings: dict[str, dict[str, Timing]]) -> dict[str, dict[str, float]]:
@@ -349,8 +342,9 @@ def report(kind: str, dim: int, timings: dict[str, dict[str, Timing]]) -> None:
             star = "*" if len(timing.samples) == 1 else ""
             cells.append(f"{1e3 * timing.median:.1f}{star}" if timing.samples else "failed")
         rows.append([name, *cells])
-    for label in ("to matrix products", "to best peer", "to dense forward"):
-        found = ratios(kind, timings)
+    found = ratios(kind, timings)
+    labels = ("to matrix products", "to best peer", "to dense forward", "to dense, same column")
+    for label in labels:
         rows.append(
             [label, *(f"{found[c][label]:.2f}x" if label in found[c] else "" for c in COLUMNS)]
         )
@@ -371,6 +365,7 @@ def main() -> None:
     default = (
         Path(__file__).parent / "results" / ("flows-quick.json" if args.quick else "flows.json")
     )
+    steady_allocator()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
