@@ -24,7 +24,9 @@ from flowvi.objectives._constants import leaf_of
 __all__ = ["default_objective", "find_start", "find_target", "first_run", "settle_objective"]
 
 _NUM_PARTICLES, _NUM_PARTICLES_SUBSAMPLED, _NUM_PARTICLES_LOOP = 128, 16, 8
-_CLIP_FACTOR = 10.0
+# Tighter bounds silence the rare draws that tell the tails: on a 10-D funnel 10 leaves a gap of
+# 0.2 nats where 300 leaves 0.03.
+_CLIP_FACTOR = 300.0
 
 
 def first_run(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:

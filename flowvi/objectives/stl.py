@@ -37,9 +37,10 @@ class STL(Objective):
         num_particles: draws per step, at least 1.
         antithetic: draw flows and Gaussians in opposite pairs (needs an even ``num_particles``).
         clip_factor: bound on one draw's gradient, in units of the median length over the draws,
-            measured in coordinates whitened by the guide; ``None`` clips nothing. Bounds below
-            about 10 bias the result visibly. With a bound, draws with a non-finite log-weight or
-            gradient are left out of both, as long as at least half of the draws remain.
+            measured in coordinates whitened by the guide; ``None`` clips nothing. Bounds of 10
+            and below bias the result where tails matter (funnels); hundreds do not. With a bound,
+            draws with a non-finite log-weight or gradient are left out of both, as long as at
+            least half of the draws remain.
         max_plate_nesting: number of nested plates of model and guide; guessed if left out.
         vectorize_particles: run all particles as one batch.
 
