@@ -84,9 +84,10 @@ def settle_objective(
         A copy of the objective that knows the depth of the plates, and notes.
     """
     objective = copy.copy(objective)
-    if not objective.vectorize_particles or objective.num_particles == 1:
-        return objective, []
     depth = max(map(_plate_depth, traces))
+    if not objective.vectorize_particles or objective.num_particles == 1:
+        objective.max_plate_nesting = depth
+        return objective, []
     reason = _why_not_batched(depth, target, model, guide, args, kwargs)
     if reason is None:
         objective.max_plate_nesting = depth + 1

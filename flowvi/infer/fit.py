@@ -34,7 +34,7 @@ from flowvi.objectives import ELBO, Objective
 __all__ = ["fit"]
 
 _NUM_STEPS, _NUM_STEPS_SUBSAMPLED = 1000, 5000
-_SELECTION_DRAWS, _REPORT_DRAWS, _MEASURED_TOGETHER = 512, 2048, 128
+_SELECTION_DRAWS, _REPORT_DRAWS, _LOOP_DRAWS, _MEASURED_TOGETHER = 512, 2048, 256, 128
 
 
 def fit(
@@ -209,7 +209,7 @@ def _measure(run: Run, num_draws: int) -> tuple[float, float]:
     number = like.num_particles if single else max(like.num_particles, _MEASURED_TOGETHER)
     plain = ELBO(number, vectorize_particles=not single)
     plain.max_plate_nesting = like.max_plate_nesting
-    batches = max(math.ceil(num_draws / number), 8)
+    batches = max(math.ceil(min(num_draws, _LOOP_DRAWS if single else num_draws) / number), 8)
     draws = [
         plain.log_weight_draws(svi.model, svi.guide, *run.args, **run.kwargs)
         for _ in range(batches)

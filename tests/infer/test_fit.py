@@ -179,6 +179,14 @@ def test_plateau_stops_early_and_says_so():
     assert full.stop_reason == "all 30 steps"
 
 
+def test_module_local_parameters_are_trained_too():
+    with pyro.settings.context(module_local_params=True):
+        guide = AutoNormal(line)
+        result = fit(line, guide, Y, start=False, num_steps=200, lr=0.05, **QUIET)
+    assert -result.losses[-50:].mean() > -result.losses[0] + 1
+    assert not pyro.get_param_store()
+
+
 def test_max_seconds_and_callback():
     seen = []
     result = fit(
