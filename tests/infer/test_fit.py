@@ -65,6 +65,16 @@ def test_mean_field_guide_lands_on_the_mean_field_optimum(make, start):
     assert (result.start is None) is (not start)
 
 
+@pytest.mark.parametrize("make", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal])
+def test_stock_guide_starts_at_its_own_optimum(make):
+    loc, precision = line_posterior(Y)
+    start = Start.from_moments(loc, precision.inverse())
+    result = fit(line, make(line), Y, start=start, num_steps=1, lr=1e-12, **QUIET)
+    gap = 0.5 * (precision.diagonal().log().sum() - precision.logdet()).item()
+    gap = 0.0 if make is AutoMultivariateNormal else gap
+    assert result.elbo == pytest.approx(line_evidence(Y) - gap, abs=4 * result.elbo_se + 1e-8)
+
+
 def test_hand_written_guide_with_pyro_param():
     def guide(y):
         loc = pyro.param("loc", torch.zeros(2))
