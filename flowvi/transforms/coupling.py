@@ -84,7 +84,7 @@ class Coupling(FlowTransform):
         )
         joined = torch.argsort(torch.tensor(kept + moved))
         self._num_kept = len(kept)
-        # A half that is one slice is taken without copying; None marks the cheap cases.
+        # Where the kept dimensions come first, parts are taken and put together without gathering.
         self._is_split = kept + moved == list(range(input_dim))
         self.register_buffer("_kept", torch.tensor(kept), persistent=False)
         self.register_buffer("_moved", torch.tensor(moved), persistent=False)
