@@ -12,6 +12,8 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from flowvi.objectives._constants import leaf_of
+
 __all__ = [
     "LogWeight",
     "log_weights",
@@ -130,7 +132,10 @@ def score_function_term(
 
     For each site with a score function :math:`s`, :math:`\sum (r - b)\, s` where :math:`r` is the
     detached log-weight of everything inside the site's own plates. The baseline :math:`b` is
-    the mean of the other particles, so the estimate stays unbiased.
+    the mean of the other particles, so the estimate stays unbiased. Mixtures of flows draw their
+    components stratified over the particles, which fixes the counts up to one; there :math:`b`
+    is the mean of all particles, and what is left is of order :math:`S^{-2}` and zero where
+    all components have the same mean log-weight.
 
     References:
         Ranganath, Gerrish and Blei (2014), Black box variational inference, arXiv:1401.0118,
@@ -145,11 +150,17 @@ def score_function_term(
     for site, score in scores:
         reward = rewards.sum_to(site["cond_indep_stack"])
         if num_particles > 1 and reward.dim() >= -particle_dim:
-            centred = reward - reward.mean(particle_dim, keepdim=True)
-            reward = centred * (num_particles / (num_particles - 1))
+            reward = reward - reward.mean(particle_dim, keepdim=True)
+            if not _is_stratified(site):
+                reward = reward * (num_particles / (num_particles - 1))
         term = (reward * score).sum()
         total = term if total is None else total + term
     return total - total.detach()
+
+
+def _is_stratified(site: dict) -> bool:
+    # Partially reparameterised: has a score function and draws that carry a gradient.
+    return hasattr(leaf_of(site["fn"]), "path_derivative")
 
 
 def _sample_sites(trace: Trace) -> Iterable[dict]:
