@@ -163,7 +163,7 @@ def test_one_wild_draw_does_not_spoil_the_gradient():
     with pyro.validation_enabled(False):
         loss = objective.differentiable_loss(model, guide, bad)
         all_bad = objective.differentiable_loss(model, guide, torch.ones(8) > 0)
-    assert loss == pytest.approx(0.0, abs=1e-12)
+    assert loss.item() == pytest.approx(0.0, abs=1e-12)
     assert torch.autograd.grad(loss, loc)[0].isfinite().all()
     assert all_bad.isnan()
 
