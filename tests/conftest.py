@@ -4,7 +4,6 @@ import pyro
 import pytest
 import torch
 
-
 # Tests are small: a second thread costs more in waiting than it gains.
 torch.set_num_threads(1)
 
