@@ -76,18 +76,10 @@ class MADE(nn.Module):
         self.activation = activation()
         self.by_columns = by_columns
         self._is_ordered = order == list(range(input_dim))
-        rank = torch.empty(input_dim, dtype=torch.long)
-        rank[torch.tensor(order)] = torch.arange(input_dim)
-        # A unit of degree m sees degrees up to m; variable of rank r has degree r + 1 as an input
-        # and, as an output, sees hidden units of degree up to r.
-        sides = [rank + 1, *(torch.tensor(d) for d in self.degrees), rank.repeat(param_dim)]
-        self.layers = nn.ModuleList(
-            _MaskedLinear(seen[None, :] <= degree[:, None])
-            for seen, degree in zip(sides, sides[1:], strict=False)
-        )
         self.register_buffer("_order", torch.tensor(order), persistent=False)
+        self.layers = nn.ModuleList(_MaskedLinear(mask) for mask in self._masks())
         if context_dim:
-            self.context_layer = nn.Linear(context_dim, len(sides[1]), bias=False)
+            self.context_layer = nn.Linear(context_dim, self.layers[0].out_features, bias=False)
         if zero_last:
             nn.init.zeros_(self.layers[-1].weight)
             nn.init.zeros_(self.layers[-1].bias)
@@ -151,6 +143,18 @@ class MADE(nn.Module):
     def unsort(self, x: Tensor, dim: int) -> Tensor:
         """Undo :meth:`sort`."""
         return x if self._is_ordered else x.index_select(dim, self._order.argsort())
+
+    def _masks(self) -> list[Tensor]:
+        """Which weights of each layer may differ from zero."""
+        rank = self._order.argsort()
+        # A unit of degree m sees degrees up to m; variable of rank r has degree r + 1 as an input
+        # and, as an output, sees hidden units of degree up to r.
+        hidden = [torch.tensor(d, device=rank.device) for d in self.degrees]
+        sides = [rank + 1, *hidden, rank.repeat(self.param_dim)]
+        return [
+            seen[None, :] <= degree[:, None]
+            for seen, degree in zip(sides, sides[1:], strict=False)
+        ]
 
     def _by_variable(self, rows: Tensor) -> Tensor:
         rows = rows.unflatten(0, (self.param_dim, self.input_dim))

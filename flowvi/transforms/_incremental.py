@@ -67,29 +67,8 @@ def solve(
     x_rows, y_rows = outputs[0].unbind(0), y.unbind(0)
     for begin in range(0, y.shape[0], _BLOCK):
         end = min(begin + _BLOCK, y.shape[0])
-        steps = []
-        for level, (weight, bias) in enumerate(layers, 1):
-            first, stop = starts[level][begin], starts[level][end]
-            known, near = starts[level - 1][begin], starts[level - 1][end]
-            taken = inputs[level - 1][first:stop]
-            torch.addmm(
-                bias[first:stop], weight[first:stop, :known], outputs[level - 1][:known], out=taken
-            )
-            sizes = _sizes(starts[level], begin, end)
-            made = outputs[level][first:stop].split(sizes) if level < last else taken.split(sizes)
-            steps.append(
-                list(
-                    zip(
-                        taken.split(sizes),
-                        weight[first:stop, known:near].split(sizes),
-                        made,
-                        strict=True,
-                    )
-                )
-            )
-        nears = [
-            out[starts[level][begin] : starts[level][end]] for level, out in enumerate(outputs)
-        ]
+        steps = _take_from_earlier(layers, starts, inputs, outputs, begin, end)
+        nears = _block_rows(outputs, starts, begin, end)
         for i in range(begin, end):
             for level in range(last):
                 taken, weight, made = steps[level][i - begin]
@@ -104,6 +83,32 @@ def solve(
                     made.copy_(activation(taken))
             x_rows[i].copy_(elementwise.inverse(y_rows[i], taken.t()))
     return outputs, inputs
+
+
+def _take_from_earlier(
+    layers: Sequence[tuple[Tensor, Tensor]],
+    starts: Sequence[Sequence[int]],
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    begin: int,
+    end: int,
+) -> list[list[tuple[Tensor, ...]]]:
+    """What a block takes from earlier ones, in place; per level and variable, what is left to do.
+
+    That is the rows it takes in, the weights that meet its own block, and the rows it puts out.
+    """
+    steps = []
+    for level, (weight, bias) in enumerate(layers, 1):
+        first, stop = starts[level][begin], starts[level][end]
+        known, near = starts[level - 1][begin], starts[level - 1][end]
+        taken = inputs[level - 1][first:stop]
+        earlier = outputs[level - 1][:known]
+        torch.addmm(bias[first:stop], weight[first:stop, :known], earlier, out=taken)
+        made = outputs[level][first:stop] if level < len(layers) else taken
+        parts = (taken, weight[first:stop, known:near], made)
+        sizes = _sizes(starts[level], begin, end)
+        steps.append(list(zip(*(part.split(sizes) for part in parts), strict=True)))
+    return steps
 
 
 def solve_adjoint(
@@ -135,43 +140,55 @@ def solve_adjoint(
     inverse_slopes, theta_slopes = slope_x.reciprocal().unbind(0), slope_theta.unbind(0)
     for end in range(dim, 0, -_BLOCK):
         begin = max(end - _BLOCK, 0)
-        steps = []
-        for level in range(last):
-            weight = layers[level][0]
-            first, stop = starts[level][begin], starts[level][end]
-            known, near = starts[level + 1][end], starts[level + 1][begin]
-            block = grads[level][first:stop]
-            far, target = weight[known:, first:stop].t(), grads[level + 1][known:]
-            if level == 0:
-                block.addmm_(far, target)
-            else:
-                torch.mm(far, target, out=block)
-            sizes = _sizes(starts[level], begin, end)
-            slope = activation_slopes[level - 1][first:stop].split(sizes) if level else sizes
-            steps.append(
-                list(
-                    zip(
-                        block.split(sizes),
-                        weight[near:known, first:stop].t().split(sizes),
-                        slope,
-                        strict=True,
-                    )
-                )
+        steps = _take_from_later(layers, starts, grads, begin, end)
+        slopes_here = [
+            slope.split(_sizes(starts[level], begin, end))
+            for level, slope in enumerate(
+                _block_rows(activation_slopes, starts[1:], begin, end), 1
             )
-        nears = [
-            grad[starts[level][begin] : starts[level][end]] for level, grad in enumerate(grads)
         ]
+        nears = _block_rows(grads, starts, begin, end)
         thetas = nears[-1].unflatten(0, (end - begin, -1)).unbind(0)
         for i in range(end - 1, begin - 1, -1):
-            own, weight, _ = steps[0][i - begin]
+            own, weight = steps[0][i - begin]
             own.addmm_(weight, nears[1])
             own.mul_(inverse_slopes[i])
             thetas[i - begin].addcmul_(theta_slopes[i], own, value=-1)
             for level in range(last - 1, 0, -1):
-                grad, weight, slope = steps[level][i - begin]
+                grad, weight = steps[level][i - begin]
                 if grad.shape[0]:
-                    grad.addmm_(weight, nears[level + 1]).mul_(slope)
+                    grad.addmm_(weight, nears[level + 1]).mul_(slopes_here[level - 1][i - begin])
     return grads[0], grads[1:]
+
+
+def _take_from_later(
+    layers: Sequence[tuple[Tensor, Tensor]],
+    starts: Sequence[Sequence[int]],
+    grads: Sequence[Tensor],
+    begin: int,
+    end: int,
+) -> list[list[tuple[Tensor, ...]]]:
+    """As :func:`_take_from_earlier`, for the adjoint: cotangents of rows, and their weights."""
+    steps = []
+    for level, (weight, _) in enumerate(layers):
+        first, stop = starts[level][begin], starts[level][end]
+        near, known = starts[level + 1][begin], starts[level + 1][end]
+        block = grads[level][first:stop]
+        later, target = weight[known:, first:stop].t(), grads[level + 1][known:]
+        if level == 0:
+            block.addmm_(later, target)
+        else:
+            torch.mm(later, target, out=block)
+        sizes = _sizes(starts[level], begin, end)
+        close = weight[near:known, first:stop].t().split(sizes)
+        steps.append(list(zip(block.split(sizes), close, strict=True)))
+    return steps
+
+
+def _block_rows(
+    tensors: Sequence[Tensor], starts: Sequence[Sequence[int]], begin: int, end: int
+) -> list[Tensor]:
+    return [t[s[begin] : s[end]] for t, s in zip(tensors, starts, strict=False)]
 
 
 def _sizes(starts: Sequence[int], begin: int, end: int) -> list[int]:
