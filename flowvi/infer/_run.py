@@ -170,14 +170,11 @@ class Run:
         ending = schedule.num_steps < self.options.num_steps
         if plateau is None or ending or self.step % plateau.window:
             return
-        if plateau.update(self._recorded()):
+        reason = plateau.update(self._recorded())
+        if reason is not None:
             schedule.finish(self.step, plateau.window)
             if schedule.num_steps < self.options.num_steps:
-                self.stop_reason = (
-                    f"plateau after {self.step} steps: {plateau.patience} windows of "
-                    f"{plateau.window} steps gained less than {plateau.tolerance} nats or two "
-                    "standard errors"
-                )
+                self.stop_reason = f"plateau after {self.step} steps: {reason}"
 
     def _recorded(self) -> Tensor:
         return self.losses[: self.step].cpu()
@@ -202,7 +199,7 @@ class Run:
             "optim": optim.get_state(),
             "schedule": optim.schedule.state_dict(),
             "average": self.average.values,
-            "strikes": 0 if self.plateau is None else self.plateau.strikes,
+            "strikes": [0, 0] if self.plateau is None else self.plateau.strikes,
             "raised": self.raised,
             "unlucky": self._unlucky,
             "skipped_sites": self.skipped_sites,

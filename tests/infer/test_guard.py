@@ -130,14 +130,26 @@ def test_schedule():
     assert schedule.num_steps == 80
 
 
-def test_plateau_rule():
+def test_plateau_rule_for_a_sure_end():
     rule = Plateau(window=10, tolerance=0.1)
     falling = torch.linspace(100, 0, 40)
     assert not any(rule.update(falling[:n]) for n in (10, 20, 30, 40))
     flat = torch.cat([falling, torch.zeros(30)])
-    assert not rule.update(flat[:50]), "the last window still fell"
-    assert not rule.update(flat[:60])
-    assert rule.update(flat[:70])
+    assert rule.update(flat[:50]) is None, "the last window still fell"
+    assert rule.update(flat[:55]) is None, "between windows nothing is looked at"
+    assert rule.update(flat[:60]) is None
+    assert "2 windows of 10 steps gained less than 0.1" in rule.update(flat[:70])
+
+
+def test_plateau_rule_for_noise():
+    rule = Plateau(window=10, tolerance=0.1)
+    noise = 10 * torch.randn(1000)
+    ends = [n for n in range(10, 1001, 10) if rule.update(noise[:n])]
+    assert ends
+    assert ends[0] >= 70
+    rule = Plateau(window=100, tolerance=0.1)
+    falling = noise - 0.2 * torch.arange(1000)
+    assert not any(rule.update(falling[:n]) for n in range(100, 1001, 100))
 
 
 def test_average_is_the_recursion():
