@@ -10,7 +10,7 @@ from pyro.distributions.util import detach
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from flowvi.transforms.base import FlowTransform, compose
+from flowvi.transforms.base import FlowTransform, common_shape, compose
 
 __all__ = ["Flow", "FlowDistribution", "StandardNormal"]
 
@@ -173,7 +173,7 @@ class FlowDistribution(TorchDistribution):
         self._memory: Memory | None = None
         if batch_shape is None:
             own = () if context is None else context.shape[:-1]
-            batch_shape = torch.broadcast_shapes(base.batch_shape, own)
+            batch_shape = common_shape(base.batch_shape, own)
         super().__init__(torch.Size(batch_shape), base.event_shape, validate_args=validate_args)
         self.has_rsample = base.has_rsample
 
@@ -271,12 +271,14 @@ class FlowDistribution(TorchDistribution):
         return x, base.log_prob(x)
 
     def _base_score(self, x: Tensor) -> Tensor:
+        if _is_normal(self.base):
+            return ((self.base.mean - x) / self.base.variance).detach()
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             return torch.autograd.grad(self.base.log_prob(leaf).sum(), leaf)[0]
 
     def _fill_batch(self, log_prob: Tensor) -> Tensor:
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+        return log_prob.expand(common_shape(log_prob.shape, self.batch_shape))
 
     def unchecked(self) -> FlowDistribution:
         """The same law without validation of the values it scores."""
@@ -285,7 +287,9 @@ class FlowDistribution(TorchDistribution):
     def tensors(self) -> list[Tensor]:
         """Everything of the transform and the context that a remembered value rests on."""
         context = [] if self.context is None else [self.context]
-        return [*self.transform.parameters(), *self.transform.buffers(), *context]
+        modules = self.transform.modules()
+        own = (t for m in modules for t in (*m._parameters.values(), *m._buffers.values()))
+        return [*(t for t in own if t is not None), *context]
 
 
 def check_expand(old: torch.Size, new: Sequence[int]) -> None:

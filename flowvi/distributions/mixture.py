@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from flowvi.distributions.flow import Flow, FlowDistribution, Memory, check_expand
-from flowvi.transforms.base import FlowTransform
+from flowvi.transforms.base import FlowTransform, common_shape
 
 __all__ = ["MixtureFlow", "MixtureFlowDistribution"]
 
@@ -135,7 +135,7 @@ class MixtureFlowDistribution(TorchDistribution):
         self._stratified = stratified
         self._memory: Memory | None = None
         if batch_shape is None:
-            batch_shape = torch.broadcast_shapes(*(c.batch_shape for c in self.components))
+            batch_shape = common_shape(*(c.batch_shape for c in self.components))
         event_shape = self.components[0].event_shape
         super().__init__(torch.Size(batch_shape), event_shape, validate_args=validate_args)
 
@@ -262,7 +262,7 @@ class MixtureFlowDistribution(TorchDistribution):
     def _mix(self, scores: list[Tensor], logits: Tensor) -> Tensor:
         scores = torch.broadcast_tensors(*scores)
         log_q = (torch.stack(scores, -1) + logits.log_softmax(-1)).logsumexp(-1)
-        return log_q.expand(torch.broadcast_shapes(log_q.shape, self.batch_shape))
+        return log_q.expand(common_shape(log_q.shape, self.batch_shape))
 
     def _tensors(self) -> list[Tensor]:
         return [self.logits, *(t for c in self.components for t in c.tensors())]

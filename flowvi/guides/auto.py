@@ -121,7 +121,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """Law of the joint unconstrained latent."""
         self._require_built()
-        return self.flow.then(self.whitening)()
+        flow = self.flow  # once: every access of a module is a statement to Pyro
+        return FlowDistribution(flow.base(), compose(flow.transform, self.whitening))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site; the joint latent is an auxiliary site outside all plates."""

@@ -11,7 +11,18 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-__all__ = ["Compose", "Direction", "FlowTransform", "Inverse", "compose"]
+__all__ = ["Compose", "Direction", "FlowTransform", "Inverse", "common_shape", "compose"]
+
+
+def common_shape(*shapes: torch.Size) -> torch.Size:
+    """What shapes broadcast to; at no cost where they are equal or empty, as in most steps."""
+    common: tuple[int, ...] = ()
+    for shape in map(tuple, shapes):
+        if not common:
+            common = shape
+        elif shape and shape != common:
+            common = tuple(torch.broadcast_shapes(common, shape))
+    return torch.Size(common)
 
 
 class Direction(enum.Enum):
@@ -173,7 +184,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
                 f"got shape {tuple(context.shape)}."
             )
         try:
-            torch.broadcast_shapes(value.shape[:-1], context.shape[:-1])
+            common_shape(value.shape[:-1], context.shape[:-1])
         except RuntimeError:
             raise ValueError(
                 f"`context` must have a batch shape that broadcasts with that of `{name}`, "
