@@ -101,7 +101,7 @@ def facts(*packages: str) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = None
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "clock": "process CPU time",
         "allocator": _KEEP_MEMORY,
         "threads": torch.get_num_threads(),
