@@ -47,7 +47,7 @@ def fit(
     num_particles: int | None = None,
     start: bool | Start = True,
     seed: int | None = None,
-    tolerance: float | None = 0.01,
+    tolerance: float | None = 0.02,
     clip_norm: float | None = 1000.0,
     average: float = 0.99,
     max_seconds: float | None = None,
