@@ -51,7 +51,7 @@ def smoothed_log_weights(log_weights: Tensor) -> tuple[Tensor, float]:
     """Pareto-smoothed normalised log weights and Pareto k.
 
     Weights of ``-inf`` stay so. k is infinite for fewer than 25 finite weights and ``-inf`` if
-    they are all equal.
+    all weights of the tail are equal: weights that are bounded and reach their bound.
 
     Args:
         log_weights: log importance weights ``(num_draws,)``, in nats.
@@ -64,9 +64,9 @@ def smoothed_log_weights(log_weights: Tensor) -> tuple[Tensor, float]:
     smoothed = log_weights.new_full(log_weights.shape, -math.inf, dtype=torch.float64)
     if len(kept) < _MIN_PARETO_DRAWS:
         smoothed[finite], k = kept - kept.logsumexp(0), math.inf
-    elif float(kept.max() - kept.min()) < 1e-9:
+    elif _tail_spread(kept) < 1e-9:
         # Equal up to rounding: a tail fit to rounding errors would say nothing.
-        smoothed[finite], k = kept.new_full(kept.shape, -math.log(len(kept))), -math.inf
+        smoothed[finite], k = kept - kept.logsumexp(0), -math.inf
     else:
         values, k = pareto_smooth(kept.detach().cpu().numpy())
         smoothed[finite] = torch.as_tensor(values, device=kept.device)
@@ -148,6 +148,13 @@ def resample(draws: Draws, num_draws: int) -> Draws:
     index = torch.searchsorted(total, points * total[-1]).clamp(max=len(total) - 1)
     # Systematic picks come ordered; shuffled, any leading part of them is a fair sample.
     return draws[index[torch.randperm(num_draws, device=index.device)]]
+
+
+def _tail_spread(log_weights: Tensor) -> float:
+    """Range of the weights that Pareto smoothing replaces, in nats."""
+    number = len(log_weights)
+    tail = log_weights.topk(int(min(0.2 * number, 3 * number**0.5))).values
+    return float(tail[0] - tail[-1])
 
 
 def _check(log_weights: Tensor) -> Tensor:

@@ -120,3 +120,11 @@ def test_messages():
         resample(exact_draws(30), 0)
     with pytest.raises(ValueError, match="`num_draws` must be at least 2; got 1"):
         pareto_k_threshold(1)
+
+
+def test_bounded_weights_that_reach_their_bound_are_trusted():
+    # Half of the draws have the largest weight: there is no tail to fit.
+    log_w = torch.cat([torch.zeros(500), torch.linspace(-3.0, -0.5, 500)])
+    smoothed, k = smoothed_log_weights(log_w)
+    assert k == -math.inf
+    torch.testing.assert_close(smoothed, log_w - log_w.logsumexp(0))
