@@ -147,9 +147,8 @@ def find_start(
             raise ValueError(f"`start` must be True or False for this model: {reason}")
         return None, [f"No warm start: {reason}"]
     if start is True:
-        modes = {} if hasattr(guide, "whiten") else {"num_mode_starts": 0}
         try:
-            start = warm_start(target, **modes)
+            start = warm_start(target, num_mode_starts=_num_mode_starts(guide))
         except RuntimeError as error:
             return None, [f"No warm start: {str(error).splitlines()[0]}"]
     apply_start(guide, start, target)
@@ -160,6 +159,13 @@ def find_start(
             "guide starts at one of them. AutoMixtureFlow covers several."
         ]
     return start, []
+
+
+def _num_mode_starts(guide: Callable) -> int:
+    """A search for a guide that can use the modes, a shorter one for the note, or none."""
+    if hasattr(guide, "whiten_modes"):
+        return 24
+    return 12 if hasattr(guide, "whiten") else 0
 
 
 def _plate_depth(trace: Trace) -> int:

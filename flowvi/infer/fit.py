@@ -209,7 +209,7 @@ def _measure(run: Run, num_draws: int) -> tuple[float, float]:
     number = like.num_particles if single else max(like.num_particles, _MEASURED_TOGETHER)
     plain = ELBO(number, vectorize_particles=not single)
     plain.max_plate_nesting = like.max_plate_nesting
-    batches = max(math.ceil(min(num_draws, _LOOP_DRAWS if single else num_draws) / number), 8)
+    batches = max(math.ceil(min(num_draws, _LOOP_DRAWS if single else num_draws) / number), 4)
     draws = [
         plain.log_weight_draws(svi.model, svi.guide, *run.args, **run.kwargs)
         for _ in range(batches)
