@@ -63,7 +63,7 @@ def fit(
     coordinates the guide starts); one Adam over all parameters, with warm-up and cosine decay;
     the average of the iterates or the last one, whichever has the higher ELBO on common draws.
 
-    **Stopping.** After every window (a twentieth of ``num_steps``, at least 50 steps) the mean
+    **Stopping.** After every window (1/25 of ``num_steps``, at least 40 steps) the mean
     loss is compared with the window before. After two windows in a row that surely gained less
     than ``tolerance`` (gain plus two standard errors), or six in a row whose gain is below two
     standard errors, the learning rate decays to zero over one last window.
@@ -139,7 +139,7 @@ def fit(
         run = Run(
             FlowSVI(model, guide, optim, objective),
             Average(average),
-            None if tolerance is None else Plateau(max(num_steps // 20, 50), tolerance),
+            None if tolerance is None else Plateau(max(num_steps // 25, 40), tolerance),
             RunOptions(
                 num_steps, max_seconds, checkpoint, checkpoint_every, callback, progress_bar
             ),
