@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from flowvi.distributions.flow import Flow
-from flowvi.transforms.base import FlowTransform, compose
+from flowvi.transforms.base import FlowTransform, common_shape, compose
 
 __all__ = ["adapt", "import_zuko"]
 
@@ -254,7 +254,7 @@ def _is_real(space: constraints.Constraint) -> bool:
 def _fill_batch(x: Tensor, context: Tensor | None) -> Tensor:
     if context is None:
         return x
-    batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+    batch = common_shape(x.shape[:-1], context.shape[:-1])
     return x.expand(*batch, x.shape[-1])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowvi.nn.mlp import activate, check_sizes, linear_by_columns
+from flowvi.nn.mlp import activate, check_sizes, linear_by_columns, start_at_zero
 
 __all__ = ["MADE"]
 
@@ -81,10 +81,7 @@ class MADE(nn.Module):
         if context_dim:
             self.context_layer = nn.Linear(context_dim, self.layers[0].out_features, bias=False)
         if zero_last:
-            nn.init.zeros_(self.layers[-1].weight)
-            nn.init.zeros_(self.layers[-1].bias)
-            if context_dim and not hidden_dims:
-                nn.init.zeros_(self.context_layer.weight)
+            start_at_zero(self)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.forward_with_hidden(x, context)[0]

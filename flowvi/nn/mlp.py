@@ -63,10 +63,7 @@ class MLP(nn.Module):
         if context_dim:
             self.context_layer = nn.Linear(context_dim, sizes[1], bias=False)
         if zero_last:
-            nn.init.zeros_(self.layers[-1].weight)
-            nn.init.zeros_(self.layers[-1].bias)
-            if context_dim and not hidden_dims:
-                nn.init.zeros_(self.context_layer.weight)
+            start_at_zero(self)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self._forward_with_hidden(x, context)[0]
@@ -131,6 +128,16 @@ _SLOPES = {
     nn.Tanh: lambda value: torch.addcmul(value.new_ones(()), value, value, value=-1),
     nn.ReLU: lambda value: (value > 0).to(value.dtype),
 }
+
+
+@torch.no_grad()
+def start_at_zero(network: nn.Module) -> None:
+    """Set the last layer to zero, and the context layer where that one is the last."""
+    last = network.layers[-1]
+    last.weight.zero_()
+    last.bias.zero_()
+    if network.context_dim and len(network.layers) == 1:
+        network.context_layer.weight.zero_()
 
 
 def check_sizes(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flowvi.nn import MADE
 from flowvi.transforms._incremental import Inversion, slopes, solve_adjoint
-from flowvi.transforms.base import Direction, FlowTransform
+from flowvi.transforms.base import Direction, FlowTransform, flatten_batch
 from flowvi.transforms.coupling import single
 from flowvi.transforms.elementwise import Affine, ElementwiseMap, check_elementwise, own_grads
 
@@ -151,7 +151,7 @@ class Autoregressive(FlowTransform):
     def _inverse_by_steps(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Inverse that computes each hidden unit once, when it becomes known."""
         network = self.network
-        y, context, batch = _flatten(y, context)
+        y, context, batch = flatten_batch(y, context)
         layers = network.sorted_layers(context)
         spec = (self._starts, network.activation, self.elementwise)
         columns = network.sort(y.t(), 0).contiguous()
@@ -171,12 +171,3 @@ class Autoregressive(FlowTransform):
         for _ in range(self.input_dim):
             x, ladj = self.elementwise.inverse_and_ladj(y, self.network(x, context))
         return x, ladj.sum(-1)
-
-
-def _flatten(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, torch.Size]:
-    """``x`` and the context with one batch dimension, and the batch shape they share."""
-    if context is None:
-        return x.reshape(-1, x.shape[-1]), None, x.shape[:-1]
-    batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-    x, context = (t.expand(*batch, -1).reshape(-1, t.shape[-1]) for t in (x, context))
-    return x, context, batch

@@ -11,7 +11,15 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-__all__ = ["Compose", "Direction", "FlowTransform", "Inverse", "common_shape", "compose"]
+__all__ = [
+    "Compose",
+    "Direction",
+    "FlowTransform",
+    "Inverse",
+    "common_shape",
+    "compose",
+    "flatten_batch",
+]
 
 
 def common_shape(*shapes: torch.Size) -> torch.Size:
@@ -23,6 +31,15 @@ def common_shape(*shapes: torch.Size) -> torch.Size:
         elif shape and shape != common:
             common = tuple(torch.broadcast_shapes(common, shape))
     return torch.Size(common)
+
+
+def flatten_batch(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, torch.Size]:
+    """``x`` and the context with one batch dimension, and the batch shape they share."""
+    if context is None:
+        return x.reshape(-1, x.shape[-1]), None, x.shape[:-1]
+    batch = common_shape(x.shape[:-1], context.shape[:-1])
+    x, context = (t.expand(*batch, -1).reshape(-1, t.shape[-1]) for t in (x, context))
+    return x, context, batch
 
 
 class Direction(enum.Enum):

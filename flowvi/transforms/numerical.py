@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowvi.transforms._solvers import damped_newton, require_solved
-from flowvi.transforms.base import Direction, FlowTransform
+from flowvi.transforms.base import Direction, FlowTransform, flatten_batch
 
 __all__ = ["NumericalInverse"]
 
@@ -61,11 +61,7 @@ class NumericalInverse(FlowTransform):
         return self.transform._call_and_ladj(x, context)
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        batch = y.shape[:-1]
-        if context is not None:
-            batch = torch.broadcast_shapes(batch, context.shape[:-1])
-            context = context.expand(*batch, -1).reshape(-1, self.context_dim)
-        rows = y.expand(*batch, -1).reshape(-1, self.input_dim)
+        rows, context, batch = flatten_batch(y, context)
         target = rows.detach()
         fixed = None if context is None else context.detach()
         solved, jacobian = damped_newton(
