@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from numbers import Real
 
 import pyro.infer
@@ -15,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.util import check_model_guide_match
 from torch import Tensor
 
+from flowvi.objectives._minibatch import SameMinibatch
 from flowvi.objectives.weights import log_weights, per_particle
 
 __all__ = ["Objective"]
@@ -33,6 +35,9 @@ class Objective(pyro.infer.ELBO):
         vectorize_particles: run all particles as one batch (needs a model that broadcasts) or
             one after the other.
     """
+
+    # Whether the runs of a step must see one minibatch, because their weights are combined.
+    _joins_runs = False
 
     def __init__(
         self,
@@ -57,16 +62,22 @@ class Objective(pyro.infer.ELBO):
     def _surrogate(self, model_trace: Trace, guide_trace: Trace, num_particles: int) -> Tensor:
         """Objective of one (possibly vectorised) run: its value, and its estimator's gradient."""
 
+    def _combine(self, traces: list[tuple[Trace, Trace]], num_particles: int) -> Tensor:
+        """Objective of all runs of a step; one that is not a mean over particles replaces it.
+
+        Args:
+            traces: model and guide trace of each run; one run if particles are vectorised.
+            num_particles: particles in each run.
+        """
+        share = num_particles / self.num_particles
+        return sum(self._surrogate(m, g, num_particles) * share for m, g in traces)
+
     def differentiable_loss(
         self, model: Callable, guide: Callable, *args: object, **kwargs: object
     ) -> Tensor:
         """Loss (nats) whose gradient is that of the estimator; nothing leaves the device."""
-        total = None
         traces, batch = self._runs(model, guide, args, kwargs)
-        for model_trace, guide_trace in traces:
-            part = self._surrogate(model_trace, guide_trace, batch) * (batch / self.num_particles)
-            total = part if total is None else total + part
-        return -total
+        return -self._combine(traces, batch)
 
     def loss_and_grads(
         self, model: Callable, guide: Callable, *args: object, **kwargs: object
@@ -105,7 +116,8 @@ class Objective(pyro.infer.ELBO):
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
         if self.vectorize_particles:
             return [self._get_vectorized_trace(model, guide, args, kwargs)], self.num_particles
-        runs = [self._get_trace(model, guide, args, kwargs) for _ in range(self.num_particles)]
+        with SameMinibatch() if self._joins_runs else nullcontext():
+            runs = [self._get_trace(model, guide, args, kwargs) for _ in range(self.num_particles)]
         return runs, 1
 
     def _get_trace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
@@ -37,11 +37,13 @@ class LogWeight:
         value: sum of log-densities before any plate scale, in nats, one number per item of
             ``plates`` at the plates' own dims.
         scale: factor of a subsampled plate (N/B) and of ``poutine.scale``.
+        sites: the sites of model and guide that are in ``value``.
     """
 
     plates: tuple
     value: Tensor
     scale: float | Tensor
+    sites: tuple[dict, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def scaled(self) -> Tensor:
@@ -181,4 +183,7 @@ def _add(groups: dict[tuple, LogWeight], site: dict, value: Tensor, max_dim: int
     value = scale_and_mask(value, 1.0, site["mask"])
     key = (frozenset(f.name for f in plates), id(scale) if torch.is_tensor(scale) else scale)
     old = groups.get(key)
-    groups[key] = LogWeight(plates, value if old is None else old.value + value, scale)
+    if old is None:
+        groups[key] = LogWeight(plates, value, scale, (site,))
+    else:
+        groups[key] = LogWeight(plates, old.value + value, scale, (*old.sites, site))
