@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from flowvi.objectives.weights import (
     with_gradient_of,
 )
 
-__all__ = ["ELBO"]
+__all__ = ["ELBO", "full_term"]
 
 
 class ELBO(Objective):
@@ -47,17 +49,26 @@ class ELBO(Objective):
 
     def _surrogate(self, model_trace: Trace, guide_trace: Trace, num_particles: int) -> Tensor:
         scores: list[tuple[dict, Tensor]] = []
-
-        def guide_term(site: dict) -> Tensor:
-            fn = site["fn"]
-            # An auxiliary site may have score parts made for Trace_ELBO, whose reward leaves such
-            # sites out; here the reward holds every site.
-            score_parts = getattr(fn, "score_parts_in_full_reward", fn.score_parts)
-            parts = score_parts(site["value"], *site["args"], **site["kwargs"])
-            scores.append((site, parts.score_function))
-            return with_gradient_of(parts.log_prob, parts.entropy_term)
-
-        weights = log_weights(model_trace, guide_trace, guide_term, max_dim=self._max_dim)
+        weights = log_weights(model_trace, guide_trace, full_term(scores), max_dim=self._max_dim)
         elbo = per_particle(weights, num_particles, self._particle_dim).mean()
         extra = score_function_term(weights, scores, num_particles, self._particle_dim)
         return elbo if extra is None else elbo + extra / num_particles
+
+
+def full_term(scores: list[tuple[dict, Tensor]]) -> Callable[[dict], Tensor]:
+    """Log-density of a guide site with the whole gradient of the ELBO's estimator.
+
+    Args:
+        scores: gets the sites with their score functions, as the terms are formed.
+    """
+
+    def guide_term(site: dict) -> Tensor:
+        fn = site["fn"]
+        # An auxiliary site may have score parts made for Trace_ELBO, whose reward leaves such
+        # sites out; here the reward holds every site.
+        score_parts = getattr(fn, "score_parts_in_full_reward", fn.score_parts)
+        parts = score_parts(site["value"], *site["args"], **site["kwargs"])
+        scores.append((site, parts.score_function))
+        return with_gradient_of(parts.log_prob, parts.entropy_term)
+
+    return guide_term

@@ -19,7 +19,7 @@ from flowvi.objectives.weights import (
     with_gradient_of,
 )
 
-__all__ = ["STL"]
+__all__ = ["STL", "path_term"]
 
 
 class STL(Objective):
@@ -94,21 +94,31 @@ class STL(Objective):
     def _surrogate(self, model_trace: Trace, guide_trace: Trace, num_particles: int) -> Tensor:
         scores: list[tuple[dict, Tensor]] = []
 
-        def guide_term(site: dict) -> Tensor:
-            fn = site["fn"]
-            if hasattr(leaf_of(fn), "path_derivative"):
-                parts = fn.score_parts(site["value"])
-                scores.append((site, parts.score_function))
-                return with_gradient_of(parts.log_prob, parts.entropy_term)
-            if site["is_observed"]:
-                return fn.log_prob(site["value"])
-            return with_constant_parameters(fn, site["name"]).log_prob(site["value"])
-
-        weights = log_weights(model_trace, guide_trace, guide_term, max_dim=self._max_dim)
+        weights = log_weights(model_trace, guide_trace, path_term(scores), max_dim=self._max_dim)
         draws = per_particle(weights, num_particles, self._particle_dim)
         elbo = draws.mean() if self.clip_factor is None else _finite_mean(draws)
         extra = score_function_term(weights, scores, num_particles, self._particle_dim)
         return elbo if extra is None else elbo + extra / num_particles
+
+
+def path_term(scores: list[tuple[dict, Tensor]]) -> Callable[[dict], Tensor]:
+    """Log-density of a guide site with the gradient through its value alone.
+
+    Args:
+        scores: gets the sites with their score functions, as the terms are formed.
+    """
+
+    def guide_term(site: dict) -> Tensor:
+        fn = site["fn"]
+        if hasattr(leaf_of(fn), "path_derivative"):
+            parts = fn.score_parts(site["value"])
+            scores.append((site, parts.score_function))
+            return with_gradient_of(parts.log_prob, parts.entropy_term)
+        if site["is_observed"]:
+            return fn.log_prob(site["value"])
+        return with_constant_parameters(fn, site["name"]).log_prob(site["value"])
+
+    return guide_term
 
 
 def _finite_mean(draws: Tensor) -> Tensor:
