@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from numbers import Real
 
@@ -28,6 +28,9 @@ class Objective(pyro.infer.ELBO):
     Usable as ``SVI(model, guide, optim, loss=objective)`` and as a module,
     ``objective(model, guide)(*args)``. Particles are one batched run by default, in a plate to the
     left of all plates of the model; ``max_plate_nesting`` is guessed in the first call.
+
+    An objective whose loss is not all there is to know leaves more numbers of the last call in
+    ``report``, by name, as detached tensors on the device; ``fit`` keeps their history.
 
     Args:
         num_particles: draws per step, at least 1.
@@ -57,6 +60,30 @@ class Objective(pyro.infer.ELBO):
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
         )
+        self.report: dict[str, Tensor] = {}
+
+    @property
+    def settled_from(self) -> float:
+        """Step from which the loss is one fixed quantity that training lowers.
+
+        A stopping rule must wait for it; it never comes where this is infinite.
+        """
+        return 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What changes from step to step; empty for an objective that has no state."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: if the state is of another kind of objective.
+        """
+        if state:
+            raise ValueError(
+                f"`state` must be empty for {type(self).__name__}; got {sorted(state)}."
+            )
 
     @abstractmethod
     def _surrogate(self, model_trace: Trace, guide_trace: Trace, num_particles: int) -> Tensor:
