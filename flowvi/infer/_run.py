@@ -73,6 +73,7 @@ class Run:
         self.args, self.kwargs = args, kwargs
         self.step = 0
         self.losses: Tensor | None = None
+        self.history: dict[str, Tensor] = {}
         self.raised = 0
         self.skipped_sites: dict[str, int] = {}
         self.stop_reason = f"all {options.num_steps} steps"
@@ -117,6 +118,7 @@ class Run:
         optim = self.svi.optim
         before = get_rng_state() if self._on_cpu() else None
         try:
+            self.svi.objective.report = {}
             loss = self.svi.step_async(*self.args, **self.kwargs)
             failed = before is not None and optim.last_skipped is not None
             failed = failed and bool(optim.last_skipped)
@@ -128,6 +130,7 @@ class Run:
         if self.losses is None:
             self.losses = loss.new_full((self.options.num_steps,), torch.nan)
         self.losses[self.step] = loss
+        self._keep_report()
         self.average.update(optim.named_parameters())
         self.step += 1
         self._unlucky = self._unlucky + 1 if failed else 0
@@ -138,6 +141,12 @@ class Run:
                 f"The last {_GIVE_UP_AFTER} steps were all non-finite: {self._worst_site()}. "
                 "Check the data and the support of that site, or start elsewhere (init_loc_fn)."
             )
+
+    def _keep_report(self) -> None:
+        for name, value in self.svi.objective.report.items():
+            if name not in self.history:
+                self.history[name] = torch.full_like(self.losses, torch.nan)
+            self.history[name][self.step] = value
 
     def _name_site(self, rng_state: dict | None) -> None:
         after = get_rng_state()
@@ -170,6 +179,10 @@ class Run:
         ending = schedule.num_steps < self.options.num_steps
         if plateau is None or ending or self.step % plateau.window:
             return
+        # Losses of an annealed objective are of one quantity only once it is settled.
+        unsettled = self.svi.objective.settled_from
+        if self.step - unsettled < 2 * plateau.window:
+            return
         reason = plateau.update(self._recorded())
         if reason is not None:
             schedule.finish(self.step, plateau.window)
@@ -194,6 +207,8 @@ class Run:
             "step": self.step,
             "num_steps": self.options.num_steps,
             "losses": self.losses,
+            "history": self.history,
+            "objective": self.svi.objective.state_dict(),
             "params": {n: p.detach() for n, p in optim.named_parameters()},
             "buffers": buffers(self.svi.model, self.svi.guide),
             "optim": optim.get_state(),
@@ -226,6 +241,7 @@ class Run:
                 f"`num_steps` must be that of the checkpoint, {state['num_steps']}; "
                 f"got {self.options.num_steps}."
             )
+        self.svi.objective.load_state_dict(state["objective"])
         copy_into((p, state["params"][n]) for n, p in params.items())
         copy_into((b, state["buffers"][n]) for n, b in present.items())
         device = next(iter(params.values())).device
@@ -235,6 +251,7 @@ class Run:
         if self.plateau is not None:
             self.plateau.strikes = state["strikes"]
         self.step, self.losses = state["step"], state["losses"].to(device)
+        self.history = {n: v.to(device) for n, v in state["history"].items()}
         self.raised, self._unlucky = state["raised"], state["unlucky"]
         self.skipped_sites = state["skipped_sites"]
         self.stop_reason = state["stop_reason"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["get_rng_state", "load_checkpoint", "match_tensors", "save_checkpoint", "set_rng_state"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(path: str | os.PathLike, state: Mapping[str, Any]) -> None:

@@ -66,7 +66,8 @@ def fit(
     **Stopping.** After every window (1/25 of ``num_steps``, at least 40 steps) the mean
     loss is compared with the window before. After two windows in a row that surely gained less
     than ``tolerance`` (gain plus two standard errors), or six in a row whose gain is below two
-    standard errors, the learning rate decays to zero over one last window.
+    standard errors, the learning rate decays to zero over one last window. The rule waits until
+    the schedules of an annealed objective have ended.
 
     **Guard.** A step with a non-finite loss or gradient changes nothing and is counted in
     ``Fit.skipped``; the site is named in ``Fit.skipped_sites``. Fifty in a row end the run.
@@ -174,6 +175,7 @@ def _finish(run: Run, find: Callable, notes: list[str], store: dict) -> Fit:
         args=run.args,
         kwargs=run.kwargs,
         losses=run.losses[: run.step].cpu(),
+        history={name: values[: run.step].cpu() for name, values in run.history.items()},
         elbo=elbo,
         elbo_se=elbo_se,
         num_steps=run.step,

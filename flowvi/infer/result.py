@@ -33,6 +33,8 @@ class Fit:
         args: positional arguments of both.
         kwargs: keyword arguments of both.
         losses: loss of every step, in nats, on the CPU.
+        history: what else the objective reported of every step, by name, on the CPU; the plain
+            ELBO of an annealed objective is under ``"elbo"``.
         elbo: ELBO of the result in nats, from fresh draws; ``-inf`` if a draw has no density.
         elbo_se: its standard error.
         num_steps: steps taken.
@@ -61,6 +63,7 @@ class Fit:
     start: Start | None = None
     skipped_sites: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    history: dict[str, Tensor] = field(default_factory=dict, repr=False)
     store: dict = field(default_factory=lambda: {"params": {}, "constraints": {}}, repr=False)
 
     @contextmanager
