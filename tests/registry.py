@@ -12,7 +12,7 @@ from torch import nn
 
 from flowvi import flows
 from flowvi.guides import AmortizedFlow, AutoFlow, AutoMixtureFlow, AutoPlateFlow
-from flowvi.objectives import ELBO, STL
+from flowvi.objectives import ELBO, STL, GeometricSchedule, Tempered
 from flowvi.transforms import (
     ActNorm,
     Additive,
@@ -250,10 +250,17 @@ GUIDES: dict[str, Case] = {
     "plates": Case(partial(AutoPlateFlow, recipe=_narrow, local_recipe=_narrow)),
 }
 OBJECTIVES: dict[str, Case] = {
+    "dreg": Case(DReG),
     "elbo": Case(ELBO),
     "elbo, loop": Case(partial(ELBO, vectorize_particles=False)),
+    "iwae": Case(IWAE),
+    "iwae, loop": Case(partial(IWAE, vectorize_particles=False)),
+    "iwae, stl": Case(STLIWAE),
     "stl": Case(STL),
     "stl, antithetic": Case(partial(STL, antithetic=True)),
     "stl, clipped": Case(partial(STL, clip_factor=50.0)),
     "stl, loop": Case(partial(STL, vectorize_particles=False)),
+    "tempered": Case(partial(Tempered, beta=GeometricSchedule(100))),
+    "tempered, joint": Case(partial(Tempered, beta=GeometricSchedule(100), joint=True)),
+    "tempered, path": Case(partial(Tempered, beta=GeometricSchedule(100), path_gradient=True)),
 }

@@ -3,17 +3,27 @@
 from flowvi.objectives.base import Objective
 from flowvi.objectives.elbo import ELBO
 from flowvi.objectives.items import ItemLogWeights, item_log_weights
+from flowvi.objectives.iwae import IWAE, STLIWAE, DReG
 from flowvi.objectives.multisample import MultiSample
+from flowvi.objectives.schedules import CyclicalSchedule, GeometricSchedule, LinearSchedule
 from flowvi.objectives.stl import STL
+from flowvi.objectives.tempered import Tempered
 from flowvi.objectives.weights import LogWeight, log_weights
 
 __all__ = [
     "ELBO",
+    "IWAE",
     "STL",
+    "STLIWAE",
+    "DReG",
+    "CyclicalSchedule",
+    "GeometricSchedule",
     "ItemLogWeights",
+    "LinearSchedule",
     "LogWeight",
     "MultiSample",
     "Objective",
+    "Tempered",
     "item_log_weights",
     "log_weights",
 ]

@@ -13,7 +13,13 @@ from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDi
 from torch import nn
 from torch.distributions import Independent, Transform
 
-__all__ = ["leaf_of", "with_constant_parameters", "with_path_derivative"]
+__all__ = [
+    "check_reparameterised",
+    "is_reparameterised",
+    "leaf_of",
+    "with_constant_parameters",
+    "with_path_derivative",
+]
 
 _WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution)
 
@@ -34,7 +40,34 @@ def with_path_derivative(fn: Distribution, antithetic: bool) -> Distribution:
     return outer
 
 
-def with_constant_parameters(fn: Distribution, name: str) -> Distribution:
+def is_reparameterised(fn: Distribution) -> bool:
+    """Whether draws carry the whole gradient, so that no score function is needed."""
+    plain_score = type(leaf_of(fn)).score_parts is PyroDistribution.score_parts
+    return bool(getattr(fn, "has_rsample", False)) and plain_score
+
+
+def check_reparameterised(fn: Distribution, name: str, bound: str, instead: str) -> None:
+    """Refuse a guide site whose draws do not carry the whole gradient.
+
+    Args:
+        fn: distribution of the site.
+        name: of the site.
+        bound: name of the objective.
+        instead: name of one that covers such sites.
+
+    Raises:
+        NotImplementedError: naming the site, its law and ``instead``.
+    """
+    if not is_reparameterised(fn):
+        raise NotImplementedError(
+            f"{bound} needs reparameterised guide sites; site `{name}` draws from "
+            f"{type(leaf_of(fn)).__name__}, which is not. Use {instead} for this guide."
+        )
+
+
+def with_constant_parameters(
+    fn: Distribution, name: str, bound: str = "STL", instead: str = "ELBO"
+) -> Distribution:
     """Copy ``fn`` with every tensor inside it detached, at any depth.
 
     A ``Delta`` is left alone: its density is a function of the value it carries.
@@ -42,19 +75,15 @@ def with_constant_parameters(fn: Distribution, name: str) -> Distribution:
     Args:
         fn: distribution of a guide site.
         name: of the site, for the message.
+        bound: name of the objective, for the message.
+        instead: name of one that covers such sites, for the message.
 
     Raises:
         NotImplementedError: if the site's draws carry no gradient.
     """
-    leaf = leaf_of(fn)
-    if isinstance(leaf, Delta):
+    if isinstance(leaf_of(fn), Delta):
         return fn
-    plain_score = type(leaf).score_parts is PyroDistribution.score_parts
-    if not getattr(fn, "has_rsample", False) or not plain_score:
-        raise NotImplementedError(
-            f"STL needs reparameterised guide sites; site `{name}` draws from "
-            f"{type(leaf).__name__}, which is not. Use ELBO for this guide."
-        )
+    check_reparameterised(fn, name, bound, instead)
     return _constant(fn, {})
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowvi.objectives._constants import leaf_of
 from flowvi.objectives.weights import LogWeight, is_identically_one
 
-__all__ = ["ItemLogWeights", "item_log_weights", "to_items"]
+__all__ = ["ItemLogWeights", "from_items", "item_log_weights", "to_items"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,24 @@ def to_items(value: Tensor, dims: Sequence[int], num_particles: int, particle_di
     rest = [d for d in range(-value.dim(), 0) if d not in kept]
     value = value.sum(rest) if rest else value
     return value if has_particles else value.expand(num_particles, *value.shape)
+
+
+def from_items(value: Tensor, dims: Sequence[int], particle_dim: int, right: int = 0) -> Tensor:
+    """Put the dims of ``(num_particles, *items)`` where a site has them.
+
+    Args:
+        value: one number per particle and item.
+        dims: dims of the items, negative, from left to right.
+        particle_dim: dim of the particle plate, negative; any number for a single particle.
+        right: number of event dims of the site.
+
+    Shape:
+        result: broadcasts against the site's value.
+    """
+    lead = [particle_dim] if value.shape[0] > 1 else []
+    sizes = dict(zip([*lead, *dims], value.shape if lead else value.shape[1:], strict=True))
+    depth = -min(sizes, default=0)
+    return value.reshape(*(sizes.get(d, 1) for d in range(-depth, 0)), *(1,) * right)
 
 
 def _is_item(frame: object, num_particles: int, particle_dim: int) -> bool:

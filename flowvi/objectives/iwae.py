@@ -1,0 +1,196 @@
+"""Importance-weighted bound and its estimators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from flowvi.objectives._constants import (
+    check_reparameterised,
+    leaf_of,
+    with_constant_parameters,
+)
+from flowvi.objectives._draws import check_independent, random_sites
+from flowvi.objectives._path import PathMessenger
+from flowvi.objectives.items import ItemLogWeights, from_items
+from flowvi.objectives.multisample import MultiSample
+from flowvi.objectives.weights import attached
+
+__all__ = ["IWAE", "DReG", "STLIWAE"]
+
+
+class IWAE(MultiSample):
+    r"""Importance-weighted bound with its full reparameterised gradient.
+
+    .. math:: \mathcal{L}_K = \sum_i E\Big[\log \frac{1}{K} \sum_{k=1}^K
+        \frac{p(x_i, z_{ik})}{q(z_{ik})}\Big], \qquad
+        \text{ELBO} = \mathcal{L}_1 \le \mathcal{L}_K \le \mathcal{L}_{K+1} \le \log p(x)
+
+    Items :math:`i` are the plates that all sites share (see :func:`item_log_weights`), and the
+    N/B of a subsampled plate stands outside the logarithm. As K grows the gradient for the guide
+    drowns in noise; :class:`DReG` does not have that problem.
+
+    Args:
+        num_particles: K, at least 1.
+        max_plate_nesting: number of nested plates of model and guide; guessed if left out.
+        vectorize_particles: run all particles as one batch or one after the other.
+
+    Raises:
+        NotImplementedError: at the first step, if a guide site is not reparameterised, or if
+            sites differ in scale (a global latent with a subsampled plate).
+
+    References:
+        Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders,
+        arXiv:1509.00519, equations 8 and 13.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> loss = IWAE(num_particles=8)(model, AutoNormal(model))()
+        >>> loss.shape
+        torch.Size([])
+    """
+
+    def _guide_term(self, site: dict) -> Tensor:
+        if torch.is_grad_enabled() and not site["is_observed"]:
+            check_reparameterised(site["fn"], site["name"], type(self).__name__, "VIMCO")
+        return attached(site)
+
+    def _bound(self, log_w: Tensor) -> Tensor:
+        return log_w.logsumexp(0) - math.log(log_w.shape[0])
+
+
+class STLIWAE(IWAE):
+    r"""Importance-weighted bound whose guide gradient runs through the draws alone.
+
+    .. math:: \sum_k \bar w_k\, \frac{\partial \log w_k}{\partial z_k}
+        \frac{\partial z_k}{\partial \phi}, \qquad \bar w_k = w_k / \textstyle\sum_j w_j
+
+    The part left out, :math:`\sum_k \bar w_k \nabla_\phi \log q(z_k)`, has mean zero for K = 1
+    only. For K > 1 the guide's gradient is **biased** and need not point towards a better bound;
+    :class:`DReG` is the unbiased estimator of the same cost. The value, and the gradient of the
+    model's parameters, are those of :class:`IWAE`. At q = p the guide's gradient is zero.
+
+    Args:
+        num_particles: K, at least 1.
+        max_plate_nesting: number of nested plates of model and guide; guessed if left out.
+        vectorize_particles: run all particles as one batch or one after the other.
+
+    Raises:
+        NotImplementedError: at the first step, as for :class:`IWAE`, or if the law of one guide
+            site depends on the draw of another.
+
+    References:
+        Roeder, Wu and Duvenaud (2017), Sticking the landing, arXiv:1703.09194, section 5; Tucker,
+        Lawson, Gu and Maddison (2019), Doubly reparameterized gradient estimators for Monte Carlo
+        objectives, arXiv:1810.04152, section 3, for the bias.
+    """
+
+    def _guide_trace(self, guide: Callable, args: tuple, kwargs: dict) -> Trace:
+        batch = self.num_particles if self.vectorize_particles else 1
+        # Outside the trace, so that the trace records what this handler has made of the site.
+        with PathMessenger(batch, self._particle_dim, False, None):
+            return poutine.trace(guide).get_trace(*args, **kwargs)
+
+    def _guide_term(self, site: dict) -> Tensor:
+        return path_term(site, type(self).__name__)
+
+    def _combine(self, traces: list[tuple[Trace, Trace]], num_particles: int) -> Tensor:
+        if torch.is_grad_enabled():
+            for _, guide_trace in traces:
+                check_independent(guide_trace, type(self).__name__)
+        items = self._items([self._weights(m, g) for m, g in traces], num_particles)
+        self._reweight(items, [guide for _, guide in traces])
+        return items.total(self._bound(items.value))
+
+    def _reweight(self, items: ItemLogWeights, guides: list[Trace]) -> None:
+        """Multiply the gradient that reaches each draw; nothing to do for this estimator."""
+
+
+class DReG(STLIWAE):
+    r"""Importance-weighted bound with the doubly reparameterised gradient.
+
+    .. math:: \nabla_\phi \mathcal{L}_K = E\Big[\sum_k \bar w_k^2\,
+        \frac{\partial \log w_k}{\partial z_k} \frac{\partial z_k}{\partial \phi}\Big],
+        \qquad \bar w_k = w_k / \textstyle\sum_j w_j
+
+    Unbiased like :class:`IWAE`, at the same cost, but its signal-to-noise ratio for the guide's
+    parameters grows with K, and it is zero at q = p. The value and the gradient of the model's
+    parameters (weights :math:`\bar w_k`) are those of :class:`IWAE`.
+
+    Args:
+        num_particles: K, at least 1.
+        max_plate_nesting: number of nested plates of model and guide; guessed if left out.
+        vectorize_particles: run all particles as one batch or one after the other.
+
+    Raises:
+        NotImplementedError: at the first step, as for :class:`IWAE`, or if the law of one guide
+            site depends on the draw of another.
+
+    References:
+        Tucker, Lawson, Gu and Maddison (2019), Doubly reparameterized gradient estimators for
+        Monte Carlo objectives, arXiv:1810.04152, equation 8; Rainforth et al. (2018), Tighter
+        variational bounds are not necessarily better, arXiv:1802.04537.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> loss = DReG(num_particles=8)(model, AutoNormal(model))()
+        >>> loss.shape
+        torch.Size([])
+    """
+
+    def _reweight(self, items: ItemLogWeights, guides: list[Trace]) -> None:
+        # The logarithm's gradient brings one factor of the normalised weights, this the second.
+        weights = items.value.detach().softmax(0)
+        reweight_draws(items, guides, weights, self._particle_dim)
+
+
+def path_term(site: dict, bound: str) -> Tensor:
+    """Log-density of a guide site whose gradient runs through its value alone."""
+    fn = site["fn"]
+    if site["is_observed"]:
+        return attached(site)
+    if torch.is_grad_enabled():
+        check_reparameterised(fn, site["name"], bound, "VIMCO")
+        if not hasattr(leaf_of(fn), "path_derivative"):
+            fn = with_constant_parameters(fn, site["name"], bound, "VIMCO")
+    return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+
+
+def reweight_draws(
+    items: ItemLogWeights, guides: list[Trace], factor: Tensor, particle_dim: int
+) -> None:
+    """Multiply the gradient that arrives at every reparameterised draw of the guide.
+
+    Args:
+        items: the log-weights, for the place of their dims.
+        guides: guide trace of each run.
+        factor: of every particle and item, ``(num_particles, *items)``.
+        particle_dim: dim of the particle plate, negative.
+    """
+    dims = [f.dim for f in items.plates]
+    for guide_trace, rows in zip(guides, factor.chunk(len(guides)), strict=True):
+        for site in random_sites(guide_trace):
+            if site["value"].requires_grad:
+                rows_at_site = from_items(rows, dims, particle_dim, site["fn"].event_dim)
+                site["value"].register_hook(_Multiply(rows_at_site))
+
+
+class _Multiply:
+    """Hook that multiplies a gradient by a constant."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self._factor = factor
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return grad * self._factor
