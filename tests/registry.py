@@ -12,7 +12,7 @@ from torch import nn
 
 from flowvi import flows
 from flowvi.guides import AmortizedFlow, AutoFlow, AutoMixtureFlow, AutoPlateFlow
-from flowvi.objectives import ELBO, STL, GeometricSchedule, Tempered
+from flowvi.objectives import ELBO, IWAE, STL, STLIWAE, DReG, GeometricSchedule, Tempered
 from flowvi.transforms import (
     ActNorm,
     Additive,
