@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from pyro.distributions import Distribution, Normal, TorchDistribution
+from pyro.distributions import Distribution, Independent, Normal, TorchDistribution
 from pyro.distributions.util import detach
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -30,7 +31,21 @@ class StandardNormal(nn.Module):
         self.register_buffer("scale", torch.ones(input_dim), persistent=False)
 
     def forward(self) -> TorchDistribution:
-        return Normal(self.loc, self.scale, validate_args=False).to_event(1)
+        return _UnitNormal(Normal(self.loc, self.scale, validate_args=False), 1, False)
+
+
+class _UnitNormal(Independent):
+    """N(0, I) with its draw and its log-density in one pass each, no location and scale."""
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        like = self.base_dist.loc
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_norm = 0.5 * math.log(2 * math.pi) * value.shape[-1]
+        log_prob = -0.5 * torch.linalg.vecdot(value, value) - log_norm
+        return log_prob.expand(common_shape(log_prob.shape, self.batch_shape))
 
 
 class Flow(nn.Module):
@@ -271,6 +286,8 @@ class FlowDistribution(TorchDistribution):
         return x, base.log_prob(x)
 
     def _base_score(self, x: Tensor) -> Tensor:
+        if isinstance(self.base, _UnitNormal):
+            return -x.detach()
         if _is_normal(self.base):
             return ((self.base.mean - x) / self.base.variance).detach()
         with torch.enable_grad():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = ["MLP"]
 
@@ -92,15 +93,17 @@ class MLP(nn.Module):
     def _forward_with_hidden(
         self, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        h = self.layers[0](x)
+        first, *others = self.layers
+        h = F.linear(x, first.weight, first.bias)
         if self.context_dim:
             h = h + self.context_layer(context)
         hidden = []
-        for layer in self.layers[1:]:
+        for layer in others:
             h = activate(self.activation, h)
             hidden.append(h)
-            by_columns = self.by_columns and len(hidden) == len(self.layers) - 1
-            h = linear_by_columns(h, layer.weight, layer.bias) if by_columns else layer(h)
+            by_columns = self.by_columns and layer is others[-1]
+            linear = linear_by_columns if by_columns else F.linear
+            h = linear(h, layer.weight, layer.bias)
         return h, hidden
 
     def _forward_with_autograd(

@@ -130,8 +130,8 @@ class Affine(ElementwiseMap):
         return torch.addcmul(shift, x, log_scale.exp()), log_scale
 
     def inverse_and_ladj(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        shift, log_scale = self._constrain(params)
-        return (y - shift) * torch.exp(-log_scale), -log_scale
+        shift, ladj = self._constrain(params, -1)
+        return (y - shift) * ladj.exp(), ladj
 
     def call_with_score(
         self, x: Tensor, params: Tensor, score: Tensor
@@ -147,14 +147,15 @@ class Affine(ElementwiseMap):
             return y, log_scale, score, torch.stack([score, pulled], -1)
 
     def inverse(self, y: Tensor, params: Tensor) -> Tensor:
-        shift, raw = params.unbind(-1)
-        double = 2 * self.bound
-        return (y - shift) * torch.exp(self.bound - double * torch.sigmoid(raw * (2 / self.bound)))
+        shift, ladj = self._constrain(params, -1)
+        return (y - shift) * ladj.exp()
 
-    def _constrain(self, params: Tensor) -> tuple[Tensor, Tensor]:
+    def _constrain(self, params: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
+        """Shift, and ``sign`` times the log-scale."""
         shift, raw = params.unbind(-1)
-        # b tanh(r / b) = 2 b sigmoid(2 r / b) - b, and torch's sigmoid is several times faster.
-        return shift, 2 * self.bound * torch.sigmoid(raw * (2 / self.bound)) - self.bound
+        # b tanh(r / b) = b - 2 b sigmoid(-2 r / b), and torch's sigmoid is several times faster.
+        bounded = torch.sigmoid_(raw * (-2 * sign / self.bound))
+        return shift, torch.rsub(bounded, self.bound, alpha=2 * self.bound)
 
 
 class Chain(ElementwiseMap):
