@@ -1,6 +1,8 @@
 """Networks that make the parameters of transforms."""
 
+from flowvi.nn.fields import FunctionField, VectorField
 from flowvi.nn.made import MADE
 from flowvi.nn.mlp import MLP
+from flowvi.nn.time_embedding import FourierTime
 
-__all__ = ["MADE", "MLP"]
+__all__ = ["MADE", "MLP", "FourierTime", "FunctionField", "VectorField"]

@@ -1,9 +1,18 @@
 """Invertible maps with log-determinants, base to target."""
 
+from flowvi.transforms._dynamics import Stage, Term
 from flowvi.transforms.actnorm import ActNorm
 from flowvi.transforms.autoregressive import Autoregressive
 from flowvi.transforms.base import Compose, Direction, FlowTransform, Inverse, compose
+from flowvi.transforms.continuous import Continuous, SolveReport, Trajectory
 from flowvi.transforms.coupling import Coupling
+from flowvi.transforms.divergence import (
+    ClosedFormDivergence,
+    Divergence,
+    ExactDivergence,
+    Hutchinson,
+    Probe,
+)
 from flowvi.transforms.elementwise import (
     Additive,
     Affine,
@@ -13,6 +22,7 @@ from flowvi.transforms.elementwise import (
 )
 from flowvi.transforms.linear import Householder, LULinear, TriangularAffine, Whitening
 from flowvi.transforms.numerical import NumericalInverse
+from flowvi.transforms.ode_solvers import RK4, DormandPrince, Euler, FixedStep, Midpoint, Solver
 from flowvi.transforms.permutation import Permutation
 from flowvi.transforms.planar import Planar
 from flowvi.transforms.radial import Radial
@@ -24,27 +34,43 @@ from flowvi.transforms.sylvester import (
 )
 
 __all__ = [
+    "RK4",
     "ActNorm",
     "Additive",
     "Affine",
     "Autoregressive",
     "Chain",
+    "ClosedFormDivergence",
     "Compose",
+    "Continuous",
     "Coupling",
     "Direction",
+    "Divergence",
+    "DormandPrince",
     "ElementwiseMap",
     "ElementwiseTransform",
+    "Euler",
+    "ExactDivergence",
+    "FixedStep",
     "FlowTransform",
     "Householder",
     "HouseholderSylvester",
+    "Hutchinson",
     "Inverse",
     "LULinear",
+    "Midpoint",
     "NumericalInverse",
     "OrthogonalSylvester",
     "Permutation",
     "Planar",
+    "Probe",
     "Radial",
     "RationalQuadratic",
+    "SolveReport",
+    "Solver",
+    "Stage",
+    "Term",
+    "Trajectory",
     "TriangularAffine",
     "TriangularSylvester",
     "Whitening",
