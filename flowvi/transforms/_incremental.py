@@ -1,25 +1,13 @@
-r"""Triangular solves through a masked network, at about the arithmetic of one pass.
+r"""The inverse of an autoregressive map, at about the arithmetic of one pass of its network.
 
 A masked network whose hidden units are sorted by degree has block-triangular weights. Level 0 is
 the variables, levels 1 to L the hidden layers, level L + 1 the parameters of the variables;
 ``starts[l][i]`` is the number of rows of level ``l`` that belong to variables before ``i``. With
 ``i`` variables known, exactly the rows ``starts[l][i]`` to ``starts[l][i + 1]`` of each level
-become known, then variable ``i`` itself. Both solves below walk over the variables in blocks:
-what a block takes from earlier blocks is one dense product per level, and only what its variables
-take from each other goes step by step. Tensors are ``(rows, N)`` for a batch of ``N``, so that
-every slice is contiguous.
-
-Inverse of :math:`y_i = f(x_i; \theta_i(x_{<i}))`: x is found in ascending order (``solve``).
-
-Adjoint: with :math:`f_x, f_\theta` the derivatives of ``f`` and :math:`N_{ji} = \partial\theta_j /
-\partial x_i`, the cotangents a of x and :math:`\gamma` of theta satisfy, in descending order,
-
-.. math:: a_i = g_i + \sum_{j > i} N_{ji}^T \gamma_j, \quad u_i = a_i / f_{x,i}, \quad
-          \gamma_j = h_j - f_{\theta,j} u_j
-
-(``solve_adjoint``). By the implicit function theorem u is the cotangent of y in the inverse, where
-g and h are the incoming cotangents of x and theta. With g = w it solves :math:`J^T u = w` for the
-Jacobian J of the forward map, which is the score recursion.
+become known, then variable ``i`` itself. So the inverse of :math:`y_i = f(x_i; \theta_i(x_{<i}))`
+is found in ascending order, in blocks: what a block takes from earlier blocks is one dense
+product per level, and only what its variables take from each other goes step by step. Tensors
+are ``(rows, N)`` for a batch of ``N``, so that every slice is contiguous.
 """
 
 from __future__ import annotations
@@ -30,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from flowvi.transforms._adjoint import partials, slopes, solve_adjoint
 from flowvi.transforms.elementwise import ElementwiseMap
 
-__all__ = ["Inversion", "partials", "slopes", "solve", "solve_adjoint"]
+__all__ = ["Inversion", "solve"]
 
 _BLOCK = 8
 
@@ -111,80 +100,6 @@ def _take_from_earlier(
     return steps
 
 
-def solve_adjoint(
-    grad_x: Tensor,
-    grad_theta: Tensor,
-    layers: Sequence[tuple[Tensor, Tensor]],
-    starts: Sequence[Sequence[int]],
-    activation_slopes: Sequence[Tensor],
-    map_slopes: tuple[Tensor, Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """Solve the adjoint system of the module's docstring.
-
-    Args:
-        grad_x: ``g``, ``(D, N)``.
-        grad_theta: ``h``, ``(D * P, N)``, variable by variable.
-        layers: as for :func:`solve`; biases are not used.
-        starts: as for :func:`solve`.
-        activation_slopes: derivative of the activation at every hidden unit, per hidden level.
-        map_slopes: derivatives of the elementwise map in x, ``(D, N)``, and theta, ``(D, P, N)``.
-
-    Returns:
-        ``u``, ``(D, N)``, and the cotangents of what levels 1 and up take in; the last is
-        ``gamma``.
-    """
-    last = len(layers)
-    grads = [grad_x.clone(), *(torch.empty_like(s) for s in activation_slopes), grad_theta.clone()]
-    dim = grad_x.shape[0]
-    slope_x, slope_theta = map_slopes
-    inverse_slopes, theta_slopes = slope_x.reciprocal().unbind(0), slope_theta.unbind(0)
-    for end in range(dim, 0, -_BLOCK):
-        begin = max(end - _BLOCK, 0)
-        steps = _take_from_later(layers, starts, grads, begin, end)
-        slopes_here = [
-            slope.split(_sizes(starts[level], begin, end))
-            for level, slope in enumerate(
-                _block_rows(activation_slopes, starts[1:], begin, end), 1
-            )
-        ]
-        nears = _block_rows(grads, starts, begin, end)
-        thetas = nears[-1].unflatten(0, (end - begin, -1)).unbind(0)
-        for i in range(end - 1, begin - 1, -1):
-            own, weight = steps[0][i - begin]
-            own.addmm_(weight, nears[1])
-            own.mul_(inverse_slopes[i])
-            thetas[i - begin].addcmul_(theta_slopes[i], own, value=-1)
-            for level in range(last - 1, 0, -1):
-                grad, weight = steps[level][i - begin]
-                if grad.shape[0]:
-                    grad.addmm_(weight, nears[level + 1]).mul_(slopes_here[level - 1][i - begin])
-    return grads[0], grads[1:]
-
-
-def _take_from_later(
-    layers: Sequence[tuple[Tensor, Tensor]],
-    starts: Sequence[Sequence[int]],
-    grads: Sequence[Tensor],
-    begin: int,
-    end: int,
-) -> list[list[tuple[Tensor, ...]]]:
-    """As :func:`_take_from_earlier`, for the adjoint: cotangents of rows, and their weights."""
-    steps = []
-    for level, (weight, _) in enumerate(layers):
-        first, stop = starts[level][begin], starts[level][end]
-        near, known = starts[level + 1][begin], starts[level + 1][end]
-        block = grads[level][first:stop]
-        later, target = weight[known:, first:stop].t(), grads[level + 1][known:]
-        if level == 0:
-            block.addmm_(later, target)
-        else:
-            torch.mm(later, target, out=block)
-        sizes = _sizes(starts[level], begin, end)
-        close = weight[near:known, first:stop].t().split(sizes)
-        steps.append(list(zip(block.split(sizes), close, strict=True)))
-    return steps
-
-
 def _block_rows(
     tensors: Sequence[Tensor], starts: Sequence[Sequence[int]], begin: int, end: int
 ) -> list[Tensor]:
@@ -195,32 +110,16 @@ def _sizes(starts: Sequence[int], begin: int, end: int) -> list[int]:
     return [starts[i + 1] - starts[i] for i in range(begin, end)]
 
 
-def slopes(activation: Callable[[Tensor], Tensor], taken: Tensor) -> Tensor:
-    """Derivative of an elementwise activation."""
-    with torch.enable_grad():
-        leaf = taken.detach().requires_grad_()
-        return torch.autograd.grad(activation(leaf).sum(), leaf)[0]
-
-
-def partials(elementwise: ElementwiseMap, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives of the map in x, ``(D, N)``, and in its parameters, ``(D, P, N)``."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        theta = theta.detach().unflatten(0, (x.shape[0], -1)).requires_grad_()
-        y, _ = elementwise.call_and_ladj(x.t(), theta.permute(2, 0, 1))
-        return torch.autograd.grad(y.sum(), (x, theta))
-
-
 class Inversion(torch.autograd.Function):
     """``(y, weights) -> (x, theta)``; its backward is the adjoint solve, not a loop's tape.
 
-    Arguments of ``apply``: ``(starts, activation, elementwise)``, y ``(D, N)``, then weight and
-    bias of each level in turn. Differentiable once.
+    Arguments of ``apply``: ``(starts, blocks, activation, elementwise)``, y ``(D, N)``, then weight
+    and bias of each level in turn. Differentiable once.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, spec: tuple, y: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
-        starts, activation, elementwise = spec
+        starts, _, activation, elementwise = spec
         layers = list(zip(flat[::2], flat[1::2], strict=True))
         outputs, inputs = solve(y, layers, starts, activation, elementwise)
         ctx.spec = spec
@@ -230,7 +129,7 @@ class Inversion(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_x: Tensor, grad_theta: Tensor) -> tuple:
-        starts, activation, elementwise = ctx.spec
+        starts, blocks, activation, elementwise = ctx.spec
         depth = len(starts) - 1
         saved = ctx.saved_tensors
         outputs, inputs, flat = saved[:depth], saved[depth : 2 * depth], saved[2 * depth :]
@@ -240,6 +139,7 @@ class Inversion(torch.autograd.Function):
             grad_theta,
             layers,
             starts,
+            blocks,
             [slopes(activation, taken) for taken in inputs[:-1]],
             partials(elementwise, outputs[0], inputs[-1]),
         )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.nn import MADE
-from flowvi.transforms._incremental import Inversion, slopes, solve_adjoint
+from flowvi.transforms._adjoint import block_rows, pull_back, slopes, solve_transposed
+from flowvi.transforms._incremental import Inversion
 from flowvi.transforms.base import Direction, FlowTransform, flatten_batch
 from flowvi.transforms.coupling import single
 from flowvi.transforms.elementwise import Affine, ElementwiseMap, check_elementwise, own_grads
@@ -81,6 +82,9 @@ class Autoregressive(FlowTransform):
             by_columns=elementwise.prefers_columns,
         )
         self._starts = self.network.starts
+        self._num_levels = len(self._starts) - 1
+        for level, rows in enumerate(block_rows(self._starts)):
+            self.register_buffer(f"_block_rows_{level}", rows, persistent=False)
 
     def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.input_dim == 1:
@@ -109,9 +113,8 @@ class Autoregressive(FlowTransform):
             y, ladj = self.elementwise.call_and_ladj(direct, params)
             ladj_x, ladj_theta = own_grads(ladj.sum(), (direct, params))
             slope_theta = own_grads(y.sum(), (params,))[0]
-        # J^T u = score - grad ladj, in which the network's share of grad ladj is also J's.
         pushed = self._solve_transposed(
-            score.detach() - ladj_x, -ladj_theta, (ladj.detach().exp(), slope_theta), hidden
+            score.detach() - ladj_x, ladj_theta, (ladj.detach().exp(), slope_theta), hidden
         )
         ladj = ladj.sum(-1)
         return (y, ladj, pushed) if keep_graph else (y.detach(), ladj.detach(), pushed)
@@ -119,41 +122,48 @@ class Autoregressive(FlowTransform):
     @torch.no_grad()
     def _solve_transposed(
         self,
-        grad_x: Tensor,
-        grad_theta: Tensor,
+        score: Tensor,
+        ladj_theta: Tensor,
         map_slopes: tuple[Tensor, Tensor],
         hidden: list[Tensor],
     ) -> Tensor:
-        """Solve the adjoint system of ``_incremental`` at a point already passed forward."""
+        """Solve J^T u = score - N^T ladj_theta at a point already passed forward."""
         network = self.network
         batch = map_slopes[0].shape[:-1]
-        columns = [
+        score, slope_x = (
             network.sort(t.expand(*batch, -1).reshape(-1, self.input_dim).t(), 0).contiguous()
-            for t in (grad_x, map_slopes[0])
-        ]
-        thetas = [
+            for t in (score, map_slopes[0])
+        )
+        ladj_theta, slope_theta = (
             network.sort(t.flatten(0, -3).permute(1, 2, 0), 0).contiguous()
-            for t in (grad_theta, map_slopes[1])
+            for t in (ladj_theta, map_slopes[1])
+        )
+        layers = network.sorted_layers(None)
+        activation_slopes = [
+            slopes(network.activation, h.expand(*batch, -1).flatten(0, -2).t().contiguous())
+            for h in hidden
         ]
-        pushed, _ = solve_adjoint(
-            columns[0],
-            thetas[0].flatten(0, 1),
-            network.sorted_layers(None),
+        pulled, _ = pull_back(ladj_theta.flatten(0, 1), layers, activation_slopes)
+        pushed, _ = solve_transposed(
+            score - pulled,
+            layers,
             self._starts,
-            [
-                slopes(network.activation, h.expand(*batch, -1).flatten(0, -2).t().contiguous())
-                for h in hidden
-            ],
-            (columns[1], thetas[1]),
+            self._blocks,
+            activation_slopes,
+            (slope_x, slope_theta),
         )
         return network.unsort(pushed, 0).t().reshape(*batch, self.input_dim)
+
+    @property
+    def _blocks(self) -> list[Tensor]:
+        return [getattr(self, f"_block_rows_{level}") for level in range(self._num_levels)]
 
     def _inverse_by_steps(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Inverse that computes each hidden unit once, when it becomes known."""
         network = self.network
         y, context, batch = flatten_batch(y, context)
         layers = network.sorted_layers(context)
-        spec = (self._starts, network.activation, self.elementwise)
+        spec = (self._starts, self._blocks, network.activation, self.elementwise)
         columns = network.sort(y.t(), 0).contiguous()
         x, theta = Inversion.apply(spec, columns, *itertools.chain.from_iterable(layers))
         params = theta.unflatten(0, (self.input_dim, -1)).permute(2, 0, 1)
