@@ -12,7 +12,18 @@ from torch import nn
 
 from flowvi import flows
 from flowvi.guides import AmortizedFlow, AutoFlow, AutoMixtureFlow, AutoPlateFlow
-from flowvi.objectives import ELBO, IWAE, STL, STLIWAE, DReG, GeometricSchedule, Tempered
+from flowvi.objectives import (
+    ELBO,
+    IWAE,
+    STL,
+    STLIWAE,
+    BetaELBO,
+    DReG,
+    FreeBits,
+    GeometricSchedule,
+    LinearSchedule,
+    Tempered,
+)
 from flowvi.transforms import (
     ActNorm,
     Additive,
@@ -260,6 +271,9 @@ OBJECTIVES: dict[str, Case] = {
     "stl, antithetic": Case(partial(STL, antithetic=True)),
     "stl, clipped": Case(partial(STL, clip_factor=50.0)),
     "stl, loop": Case(partial(STL, vectorize_particles=False)),
+    "beta": Case(partial(BetaELBO, beta=0.5)),
+    "beta, free bits": Case(partial(BetaELBO, free_bits=FreeBits(0.1))),
+    "beta, schedule": Case(partial(BetaELBO, beta=LinearSchedule(100), path_gradient=True)),
     "tempered": Case(partial(Tempered, beta=GeometricSchedule(100))),
     "tempered, joint": Case(partial(Tempered, beta=GeometricSchedule(100), joint=True)),
     "tempered, path": Case(partial(Tempered, beta=GeometricSchedule(100), path_gradient=True)),

@@ -1,10 +1,13 @@
 """Objectives: each a ``pyro.infer.ELBO`` that estimates one bound."""
 
+from flowvi.objectives._free_bits import FreeBits
 from flowvi.objectives.base import Objective
+from flowvi.objectives.beta import BetaELBO
 from flowvi.objectives.elbo import ELBO
 from flowvi.objectives.items import ItemLogWeights, item_log_weights
 from flowvi.objectives.iwae import IWAE, STLIWAE, DReG
 from flowvi.objectives.multisample import MultiSample
+from flowvi.objectives.regularized import Regularized
 from flowvi.objectives.schedules import CyclicalSchedule, GeometricSchedule, LinearSchedule
 from flowvi.objectives.stl import STL
 from flowvi.objectives.tempered import Tempered
@@ -15,14 +18,17 @@ __all__ = [
     "IWAE",
     "STL",
     "STLIWAE",
-    "DReG",
+    "BetaELBO",
     "CyclicalSchedule",
+    "DReG",
+    "FreeBits",
     "GeometricSchedule",
     "ItemLogWeights",
     "LinearSchedule",
     "LogWeight",
     "MultiSample",
     "Objective",
+    "Regularized",
     "Tempered",
     "item_log_weights",
     "log_weights",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from pyro import poutine
@@ -43,7 +43,7 @@ class AnnealedObjective(Objective):
     copy has a count of its own. ``report`` holds the plain ELBO of the last call under ``"elbo"``,
     a tensor on the device.
 
-    A subclass writes ``_parts``, which says in which part a site is, and ``_factors``.
+    A subclass writes ``_parts``, which says in which part a site is, and ``_weigh``.
 
     Args:
         num_particles: draws per step, at least 1.
@@ -103,15 +103,22 @@ class AnnealedObjective(Objective):
 
     @abstractmethod
     def _parts(self, model_trace: Trace, guide_trace: Trace) -> PartOfSite:
-        """Function that says to which part of the ELBO a site of model or guide belongs."""
+        """Function of a site of model or guide: the part of the ELBO it belongs to."""
 
     @abstractmethod
-    def _factors(self, totals: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
-        """Factor of every part at this step, given its present estimate."""
+    def _weigh(
+        self,
+        totals: Mapping[str, Tensor],
+        traces: Sequence[tuple[Trace, Trace]],
+        num_particles: int,
+    ) -> tuple[dict[str, float | Tensor], float | Tensor]:
+        """Factor of every part at this step, and what else to add to the objective.
 
-    def _offset(self, totals: Mapping[str, Tensor]) -> Tensor | float:
-        """Constant that is added to the objective."""
-        return 0.0
+        Args:
+            totals: present estimate of every part, in nats.
+            traces: model and guide trace of each run.
+            num_particles: particles in each run.
+        """
 
     def _guide_trace(self, guide: Callable, args: tuple, kwargs: dict) -> Trace:
         if not self.path_gradient:
@@ -134,8 +141,7 @@ class AnnealedObjective(Objective):
             for part in runs[0][0]
         }
         self._report({part: total.detach() for part, total in totals.items()})
-        factors = self._factors(totals)
-        result = self._offset(totals)
+        factors, result = self._weigh(totals, traces, num_particles)
         for parts, scores in runs:
             weights = [_scaled(w, factors[part]) for part in parts for w in parts[part]]
             value = per_particle(weights, num_particles, dim).mean()

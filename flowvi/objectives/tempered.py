@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -92,7 +93,13 @@ class Tempered(AnnealedObjective):
 
         return part_of
 
-    def _factors(self, totals: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
-        beta = value_at(self.beta, self.step, next(iter(totals.values())).detach())
-        self.report["beta"] = next(iter(totals.values())).new_ones(()) * beta
-        return {LIKELIHOOD: beta, _PRIOR: beta if self.joint else 1.0, _GUIDE: 1.0}
+    def _weigh(
+        self,
+        totals: Mapping[str, Tensor],
+        traces: Sequence[tuple[Trace, Trace]],
+        num_particles: int,
+    ) -> tuple[dict[str, float | Tensor], float | Tensor]:
+        like = next(iter(totals.values())).detach()
+        beta = value_at(self.beta, self.step, like)
+        self.report["beta"] = torch.ones_like(like) * beta
+        return {LIKELIHOOD: beta, _PRIOR: beta if self.joint else 1.0, _GUIDE: 1.0}, 0.0
