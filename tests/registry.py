@@ -24,6 +24,25 @@ from flowvi.objectives import (
     LinearSchedule,
     Tempered,
 )
+from flowvi.paths import (
+    AlphaSigma,
+    BrownianBridge,
+    DiffusionPath,
+    FlowPath,
+    GaussianPath,
+    LearnedMonotone,
+    Linear,
+    LinearLogSNR,
+    MixturePath,
+    ScheduleDiffusion,
+    StateDiffusion,
+    StochasticInterpolant,
+    SubVariancePreserving,
+    VarianceExploding,
+    VariancePreserving,
+    VariancePreservingCosine,
+    with_time,
+)
 from flowvi.transforms import (
     ActNorm,
     Additive,
@@ -48,7 +67,7 @@ from flowvi.transforms import (
     Whitening,
 )
 
-__all__ = ["FLOWS", "GUIDES", "OBJECTIVES", "TRANSFORMS", "Case"]
+__all__ = ["FLOWS", "GUIDES", "OBJECTIVES", "PATHS", "SCHEDULES", "TRANSFORMS", "Case"]
 
 
 @dataclass(frozen=True)
@@ -277,4 +296,76 @@ OBJECTIVES: dict[str, Case] = {
     "tempered": Case(partial(Tempered, beta=GeometricSchedule(100))),
     "tempered, joint": Case(partial(Tempered, beta=GeometricSchedule(100), joint=True)),
     "tempered, path": Case(partial(Tempered, beta=GeometricSchedule(100), path_gradient=True)),
+}
+
+
+def _mean(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return t * y + (3 * t).sin()
+
+
+def _scale(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return 1.3 - t + 0.1 * y.cos()
+
+
+def _encoder_of_time() -> nn.Module:
+    """Learned F(y, t) in two dimensions."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return y + (1 - t) * self.net(with_time(y, t))
+
+    return Encoder()
+
+
+_state_diffusion = partial(StateDiffusion, lambda x, t: 0.5 + 0.2 * x.cos(), elementwise=True)
+
+
+def _flow_path(recipe: Callable = flows.realnvp) -> FlowPath:
+    return FlowPath(recipe(2, 3, num_layers=2, hidden_dims=(8,)).transform, lambda t: 1 - t / 2)
+
+
+def _mixture_path() -> MixturePath:
+    parts = [GaussianPath(2, lambda y, t, m=m: m + t * y, _scale, 0.7) for m in (-1.0, 2.0)]
+    return MixturePath([*parts, _flow_path()], (0.2, 0.5, 0.3))
+
+
+SCHEDULES: dict[str, Case] = {
+    "alpha and sigma": Case(partial(AlphaSigma, lambda t: t.sin(), lambda t: 1.1 - t**2)),
+    "cosine": Case(VariancePreservingCosine),
+    "learned": Case(LearnedMonotone),
+    "learned, ends": Case(partial(LearnedMonotone, 4, -3.0, 5.0, learn_ends=True)),
+    "linear": Case(Linear),
+    "linear log-snr": Case(partial(LinearLogSNR, -6.0, 6.0)),
+    "sub-variance preserving": Case(SubVariancePreserving),
+    "variance exploding": Case(VarianceExploding),
+    "variance preserving": Case(VariancePreserving),
+}
+PATHS: dict[str, Case] = {
+    "bridge": Case(lambda: BrownianBridge(2, 0.7), 2, 4),
+    "diffusion": Case(lambda: DiffusionPath(2, LinearLogSNR(-3.0, 4.0)), 2, 2),
+    "diffusion, encoder": Case(
+        lambda: DiffusionPath(2, VariancePreserving(), _encoder_of_time()), 2, 2
+    ),
+    "diffusion, linear, encoder, other noise": Case(
+        lambda: DiffusionPath(
+            2, Linear(), _encoder_of_time(), ScheduleDiffusion(Linear(), lambda t: 2 - t)
+        ),
+        2,
+        2,
+    ),
+    "flow": Case(_flow_path, 2, 2),
+    "gaussian": Case(lambda: GaussianPath(2, _mean, _scale, 0.5), 2, 2),
+    "gaussian, state": Case(lambda: GaussianPath(2, _mean, _scale, _state_diffusion()), 2, 2),
+    "interpolant": Case(
+        lambda: StochasticInterpolant(2, lambda t: 0.1 + t * (1 - t), lambda t: 1 + t), 2, 4
+    ),
+    "interpolant, schedule": Case(
+        lambda: StochasticInterpolant(2, lambda t: t.cos(), 0.5, VariancePreserving()), 2, 4
+    ),
+    "mixture": Case(_mixture_path, 2, 2),
 }

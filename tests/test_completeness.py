@@ -13,11 +13,12 @@ import pytest
 import torch
 from pyro.infer import ELBO as PyroELBO
 from pyro.infer.autoguide import AutoGuide
-from registry import FLOWS, GUIDES, OBJECTIVES, TRANSFORMS
+from registry import FLOWS, GUIDES, OBJECTIVES, PATHS, SCHEDULES, TRANSFORMS
 
 import flowvi
 from flowvi import flows
 from flowvi.distributions import Flow
+from flowvi.paths import Path, Schedule
 from flowvi.transforms import FlowTransform
 
 
@@ -63,6 +64,14 @@ def test_every_objective_is_registered():
     objectives = public_subclasses(PyroELBO)
     assert objectives
     assert objectives <= registered
+
+
+def test_every_schedule_is_registered():
+    assert public_subclasses(Schedule) <= {type(case.make()) for case in SCHEDULES.values()}
+
+
+def test_every_path_is_registered():
+    assert public_subclasses(Path) <= {type(case.make()) for case in PATHS.values()}
 
 
 def test_every_recipe_is_registered():

@@ -1,14 +1,24 @@
-"""What ``pyro.sample`` draws from: flows, mixtures of flows, adapters."""
+"""What ``pyro.sample`` draws from: flows, mixtures of flows, paths of SDEs, adapters."""
 
 from flowvi.distributions.adapters import adapt, import_zuko
 from flowvi.distributions.flow import Flow, FlowDistribution, StandardNormal
 from flowvi.distributions.mixture import MixtureFlow, MixtureFlowDistribution
+from flowvi.distributions.path_draw import PathDraw, PathLayout, PathTerms
+from flowvi.distributions.path_posterior import PathPosterior
+from flowvi.distributions.path_prior import PathPrior
+from flowvi.distributions.sde_path import SDEPath
 
 __all__ = [
     "Flow",
     "FlowDistribution",
     "MixtureFlow",
     "MixtureFlowDistribution",
+    "PathDraw",
+    "PathLayout",
+    "PathPosterior",
+    "PathPrior",
+    "PathTerms",
+    "SDEPath",
     "StandardNormal",
     "adapt",
     "import_zuko",

@@ -1,0 +1,67 @@
+"""Time-dependent marginals q(x, t | y): schedules, paths, and the processes that share them."""
+
+from flowvi.paths.base import Path, PathPoint, with_time
+from flowvi.paths.diffusion import Diffusion, StateDiffusion, TimeDiffusion
+from flowvi.paths.flow_path import FlowPath
+from flowvi.paths.gaussian import DiffusionPath, GaussianPath, ScheduleDiffusion
+from flowvi.paths.interpolant import (
+    BridgeNoise,
+    BrownianBridge,
+    InterpolantNoise,
+    StochasticInterpolant,
+)
+from flowvi.paths.mixture import MixturePath
+from flowvi.paths.prediction import PredictedDrift, Prediction, convert, prediction_family, split
+from flowvi.paths.process import ProcessFamily
+from flowvi.paths.schedules import (
+    AlphaSigma,
+    Linear,
+    Schedule,
+    ScheduleValues,
+    VarianceExploding,
+)
+from flowvi.paths.times import DensityTimes, TimeLaw, UniformTimes
+from flowvi.paths.variance_preserving import (
+    LearnedMonotone,
+    LinearLogSNR,
+    SubVariancePreserving,
+    VariancePreserving,
+    VariancePreservingCosine,
+)
+
+__all__ = [
+    "AlphaSigma",
+    "BridgeNoise",
+    "BrownianBridge",
+    "DensityTimes",
+    "Diffusion",
+    "DiffusionPath",
+    "FlowPath",
+    "GaussianPath",
+    "InterpolantNoise",
+    "LearnedMonotone",
+    "Linear",
+    "LinearLogSNR",
+    "MixturePath",
+    "Path",
+    "PathPoint",
+    "PredictedDrift",
+    "Prediction",
+    "ProcessFamily",
+    "Schedule",
+    "ScheduleDiffusion",
+    "ScheduleValues",
+    "StateDiffusion",
+    "StochasticInterpolant",
+    "SubVariancePreserving",
+    "TimeDiffusion",
+    "TimeLaw",
+    "UniformTimes",
+    "VarianceExploding",
+    "VariancePreserving",
+    "VariancePreservingCosine",
+    "convert",
+    "prediction_family",
+    "split",
+    "with_time",
+]
