@@ -88,10 +88,10 @@ class MADE(nn.Module):
 
     def forward_with_hidden(
         self, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The output, and every hidden layer where its activation has the slope it has here.
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The output, and every hidden layer before and after its activation.
 
-        That is before the activation, or after a ReLU, which works in place.
+        A ReLU works in place, so there the two are the same.
         """
         h = self.layers[0](x)
         if self.context_dim:
@@ -99,8 +99,8 @@ class MADE(nn.Module):
         hidden = []
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers[1:], 1):
-            hidden.append(h)
-            h = activate(self.activation, h)
+            taken, h = h, activate(self.activation, h)
+            hidden.append((taken, h))
             if self.by_columns and i == last:
                 h = linear_by_columns(h, layer.masked_weight(), layer.bias)
             else:

@@ -19,14 +19,14 @@ with u the cotangent of y and :math:`\gamma` that of theta (implicit function th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from flowvi.transforms.elementwise import ElementwiseMap
 
-__all__ = ["block_rows", "partials", "pull_back", "slopes", "solve_adjoint", "solve_transposed"]
+__all__ = ["block_rows", "partials", "pull_back", "solve_adjoint", "solve_transposed"]
 
 _BLOCK = 8
 
@@ -115,43 +115,44 @@ def solve_transposed(
     """
     slope_theta = map_slopes[1]
     diagonal = _diagonal_blocks(layers, blocks, activation_slopes, map_slopes)
-    u = torch.empty_like(w)
-    # Zeros, not garbage: a block's own parameters come last, after what later blocks bring.
+    columns = [weight.t() for weight, _ in layers]
+    # Zeros, not garbage: parameters of blocks that are not solved yet count as none.
     grads = [torch.zeros_like(s) for s in activation_slopes]
     grads.append(
         torch.zeros_like(slope_theta, memory_format=torch.contiguous_format).flatten(0, 1)
     )
-    columns = [weight.t() for weight, _ in layers]
+    u = torch.empty_like(w)
+    dim = stop = len(w)
     for block in range(len(diagonal) - 1, -1, -1):
-        begin, end = block * _BLOCK, min((block + 1) * _BLOCK, len(w))
-        rows = [slice(start[begin], start[end]) for start in starts]
-        steps = [
-            (
-                columns[level][rows[level], rows[level + 1].start :],
-                grads[level][rows[level + 1].start :],
-                grads[level - 1][rows[level]],
-                activation_slopes[level - 1][rows[level]],
-            )
-            for level in range(len(layers) - 1, 0, -1)
-        ]
+        begin, end = block * _BLOCK, min((block + 1) * _BLOCK, dim)
         right = w[begin:end]
-        if end < len(w):
-            _push(steps)
-            near = rows[1].start
+        if end < dim:
+            # This block's hidden units, and again those of the block just solved.
+            _push(columns, grads, activation_slopes, [start[begin : stop + 1] for start in starts])
+            near = starts[1][begin]
             right = torch.addmm(right, columns[0][begin:end, near:], grads[0][near:], alpha=-1)
         matrix = diagonal[block, :, : end - begin, : end - begin].mT
         own = torch.linalg.solve_triangular(matrix, right.t().unsqueeze(-1), upper=True)
         own = u[begin:end].copy_(own.squeeze(-1).t())
-        theta = grads[-1][rows[-1]].unflatten(0, (end - begin, -1))
+        theta = grads[-1][starts[-1][begin] : starts[-1][end]].unflatten(0, (end - begin, -1))
         torch.mul(slope_theta[begin:end], own[:, None], out=theta)
-        _push(steps)
+        stop = end
+    _push(columns, grads, activation_slopes, [start[: stop + 1] for start in starts])
     return u, grads
 
 
-def _push(steps: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
-    """One block's gradients, level by level, from those of the level above."""
-    for weight, source, target, slope in steps:
-        torch.mm(weight, source, out=target).mul_(slope)
+def _push(
+    columns: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    activation_slopes: Sequence[Tensor],
+    starts: Starts,
+) -> None:
+    """Gradients of some variables' hidden units from those of the level above, in place."""
+    for level in range(len(columns) - 1, 0, -1):
+        rows, near = slice(starts[level][0], starts[level][-1]), starts[level + 1][0]
+        target = grads[level - 1][rows]
+        torch.mm(columns[level][rows, near:], grads[level][near:], out=target)
+        target.mul_(activation_slopes[level - 1][rows])
 
 
 def _diagonal_blocks(
@@ -181,13 +182,6 @@ def _diagonal_blocks(
     matrix = grad.permute(0, 3, 2, 1).contiguous()
     matrix.diagonal(dim1=-2, dim2=-1).copy_(slope_x[own].mT)
     return matrix
-
-
-def slopes(activation: Callable[[Tensor], Tensor], taken: Tensor) -> Tensor:
-    """Derivative of an elementwise activation."""
-    with torch.enable_grad():
-        leaf = taken.detach().requires_grad_()
-        return torch.autograd.grad(activation(leaf).sum(), leaf)[0]
 
 
 def partials(elementwise: ElementwiseMap, x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:

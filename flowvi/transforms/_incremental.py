@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from flowvi.transforms._adjoint import partials, slopes, solve_adjoint
+from flowvi.nn.mlp import slope_of
+from flowvi.transforms._adjoint import partials, solve_adjoint
 from flowvi.transforms.elementwise import ElementwiseMap
 
 __all__ = ["Inversion", "solve"]
@@ -113,8 +114,8 @@ def _sizes(starts: Sequence[int], begin: int, end: int) -> list[int]:
 class Inversion(torch.autograd.Function):
     """``(y, weights) -> (x, theta)``; its backward is the adjoint solve, not a loop's tape.
 
-    Arguments of ``apply``: ``(starts, blocks, activation, elementwise)``, y ``(D, N)``, then weight
-    and bias of each level in turn. Differentiable once.
+    Arguments of ``apply``: ``(starts, blocks, activation, elementwise)``, y ``(D, N)``, then
+    weight and bias of each level in turn. Differentiable once.
     """
 
     @staticmethod
@@ -140,7 +141,10 @@ class Inversion(torch.autograd.Function):
             layers,
             starts,
             blocks,
-            [slopes(activation, taken) for taken in inputs[:-1]],
+            [
+                slope_of(activation, taken, made)
+                for taken, made in zip(inputs[:-1], outputs[1:], strict=True)
+            ],
             partials(elementwise, outputs[0], inputs[-1]),
         )
         result = [None, grad_y]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.nn import MADE
-from flowvi.transforms._adjoint import block_rows, pull_back, slopes, solve_transposed
+from flowvi.nn.mlp import slope_of
+from flowvi.transforms._adjoint import block_rows, pull_back, solve_transposed
 from flowvi.transforms._incremental import Inversion
 from flowvi.transforms.base import Direction, FlowTransform, flatten_batch
 from flowvi.transforms.coupling import single
-from flowvi.transforms.elementwise import Affine, ElementwiseMap, check_elementwise, own_grads
+from flowvi.transforms.elementwise import Affine, ElementwiseMap, check_elementwise
 
 __all__ = ["Autoregressive"]
 
@@ -104,43 +105,34 @@ class Autoregressive(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.input_dim == 1:
             return self.only._call_ladj_and_score(x, score, context)
-        keep_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()
-            params, hidden = self.network.forward_with_hidden(x, context)
-            # A view, so that its gradient leaves out the way through the network.
-            direct = x.view_as(x)
-            y, ladj = self.elementwise.call_and_ladj(direct, params)
-            ladj_x, ladj_theta = own_grads(ladj.sum(), (direct, params))
-            slope_theta = own_grads(y.sum(), (params,))[0]
-        pushed = self._solve_transposed(
-            score.detach() - ladj_x, ladj_theta, (ladj.detach().exp(), slope_theta), hidden
-        )
-        ladj = ladj.sum(-1)
-        return (y, ladj, pushed) if keep_graph else (y.detach(), ladj.detach(), pushed)
+        params, hidden = self.network.forward_with_hidden(x, context)
+        y, ladj, slopes = self.elementwise.call_with_derivatives(x, params)
+        pushed = self._solve_transposed(score, ladj, slopes, hidden)
+        return y, ladj.sum(-1), pushed
 
     @torch.no_grad()
     def _solve_transposed(
         self,
         score: Tensor,
-        ladj_theta: Tensor,
-        map_slopes: tuple[Tensor, Tensor],
-        hidden: list[Tensor],
+        ladj: Tensor,
+        derivatives: tuple[Tensor, Tensor, Tensor],
+        hidden: list[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Solve J^T u = score - N^T ladj_theta at a point already passed forward."""
+        """The pushed score J^{-T} (score - grad ladj) at a point already passed forward."""
         network = self.network
-        batch = map_slopes[0].shape[:-1]
+        ladj_x, ladj_theta, slope_theta = derivatives
+        batch = ladj.shape[:-1]
         score, slope_x = (
             network.sort(t.expand(*batch, -1).reshape(-1, self.input_dim).t(), 0).contiguous()
-            for t in (score, map_slopes[0])
+            for t in (score - ladj_x, ladj.exp())
         )
         ladj_theta, slope_theta = (
             network.sort(t.flatten(0, -3).permute(1, 2, 0), 0).contiguous()
-            for t in (ladj_theta, map_slopes[1])
+            for t in (ladj_theta, slope_theta)
         )
         layers = network.sorted_layers(None)
         activation_slopes = [
-            slopes(network.activation, h.expand(*batch, -1).flatten(0, -2).t().contiguous())
+            slope_of(network.activation, *(t.expand(*batch, -1).flatten(0, -2).t() for t in h))
             for h in hidden
         ]
         pulled, _ = pull_back(ladj_theta.flatten(0, 1), layers, activation_slopes)

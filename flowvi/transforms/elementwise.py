@@ -70,6 +70,28 @@ class ElementwiseMap(abc.ABC):
             pulled = own_grads((score * y).sum() + ladj.sum(), (params,))[0]
         return y, ladj, score, pulled
 
+    def call_with_derivatives(
+        self, x: Tensor, params: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        r"""Map ``x``, with the derivatives that a score recursion through all numbers needs.
+
+        Returns:
+            ``(y, ladj, (d ladj/dx, d ladj/d params, dy/d params))``; the derivatives carry no
+            graph, and the first one broadcasts with ``x``.
+        """
+        keep_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            params = params if params.requires_grad else params.detach().requires_grad_()
+            # A view, so that its gradient leaves out any way through the network.
+            direct = x.view_as(x)
+            y, ladj = self.call_and_ladj(direct, params)
+            of_ladj = own_grads(ladj.sum(), (direct, params))
+            of_y = own_grads(y.sum(), (params,))
+        if not keep_graph:
+            y, ladj = y.detach(), ladj.detach()
+        return y, ladj, of_ladj + of_y
+
     def inverse(self, y: Tensor, params: Tensor) -> Tensor:
         """Map ``y`` to ``x``; cheaper than with the log-derivative where that matters."""
         return self.inverse_and_ladj(y, params)[0]
@@ -140,11 +162,28 @@ class Affine(ElementwiseMap):
         scale = log_scale.exp()
         y = torch.addcmul(shift, x, scale)
         with torch.no_grad():
-            # ds/d(raw) = 1 - (s/b)^2, and s_y x exp(s) = score x.
-            bounded = 1 - (log_scale / self.bound).square()
+            # s_y x exp(s) = score x.
+            bounded = self._slope(log_scale)
             pulled = torch.addcmul(bounded, bounded, score * x)
             score = score / scale
-            return y, log_scale, score, torch.stack([score, pulled], -1)
+            return y, log_scale, score, _as_params(score, pulled)
+
+    def call_with_derivatives(
+        self, x: Tensor, params: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        shift, log_scale = self._constrain(params)
+        scale = log_scale.exp()
+        y = torch.addcmul(shift, x, scale)
+        with torch.no_grad():
+            bounded = self._slope(log_scale)
+            none, one = torch.zeros_like(bounded), torch.ones_like(bounded)
+            of_ladj = _as_params(none, bounded)
+            return y, log_scale, (none, of_ladj, _as_params(one, bounded * (x * scale)))
+
+    def _slope(self, log_scale: Tensor) -> Tensor:
+        """Derivative of the log-scale in its raw parameter, 1 - (s / b)^2."""
+        one = log_scale.new_ones(())
+        return torch.addcmul(one, log_scale, log_scale, value=-(self.bound**-2))
 
     def inverse(self, y: Tensor, params: Tensor) -> Tensor:
         shift, ladj = self._constrain(params, -1)
@@ -272,6 +311,11 @@ def check_elementwise(elementwise: ElementwiseMap) -> None:
             "`elementwise` must be an ElementwiseMap, such as Affine(); "
             f"got {type(elementwise).__name__}."
         )
+
+
+def _as_params(*values: Tensor) -> Tensor:
+    """Parameters of a map, stored parameter by parameter, as a conditioner's output is."""
+    return torch.stack(values, -2).transpose(-1, -2)
 
 
 def own_grads(output: Tensor, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
