@@ -22,6 +22,7 @@ from flowvi.objectives import (
     FreeBits,
     GeometricSchedule,
     LinearSchedule,
+    Regularized,
     Tempered,
 )
 from flowvi.paths import (
@@ -55,6 +56,7 @@ from flowvi.transforms import (
     Householder,
     HouseholderSylvester,
     Inverse,
+    KineticEnergy,
     LULinear,
     NumericalInverse,
     OrthogonalSylvester,
@@ -286,6 +288,9 @@ OBJECTIVES: dict[str, Case] = {
     "iwae": Case(IWAE),
     "iwae, loop": Case(partial(IWAE, vectorize_particles=False)),
     "iwae, stl": Case(STLIWAE),
+    "regularized": Case(
+        lambda *args, **kwargs: Regularized(ELBO(*args, **kwargs), KineticEnergy())
+    ),
     "stl": Case(STL),
     "stl, antithetic": Case(partial(STL, antithetic=True)),
     "stl, clipped": Case(partial(STL, clip_factor=50.0)),

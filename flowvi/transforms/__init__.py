@@ -26,6 +26,15 @@ from flowvi.transforms.ode_solvers import RK4, DormandPrince, Euler, FixedStep, 
 from flowvi.transforms.permutation import Permutation
 from flowvi.transforms.planar import Planar
 from flowvi.transforms.radial import Radial
+from flowvi.transforms.regularizers import (
+    HJB,
+    JKO,
+    JacobianNorm,
+    KineticEnergy,
+    PathPenalty,
+    Regularizer,
+    collect_penalties,
+)
 from flowvi.transforms.splines import RationalQuadratic
 from flowvi.transforms.sylvester import (
     HouseholderSylvester,
@@ -34,6 +43,8 @@ from flowvi.transforms.sylvester import (
 )
 
 __all__ = [
+    "HJB",
+    "JKO",
     "RK4",
     "ActNorm",
     "Additive",
@@ -57,15 +68,19 @@ __all__ = [
     "HouseholderSylvester",
     "Hutchinson",
     "Inverse",
+    "JacobianNorm",
+    "KineticEnergy",
     "LULinear",
     "Midpoint",
     "NumericalInverse",
     "OrthogonalSylvester",
+    "PathPenalty",
     "Permutation",
     "Planar",
     "Probe",
     "Radial",
     "RationalQuadratic",
+    "Regularizer",
     "SolveReport",
     "Solver",
     "Stage",
@@ -74,5 +89,6 @@ __all__ = [
     "TriangularAffine",
     "TriangularSylvester",
     "Whitening",
+    "collect_penalties",
     "compose",
 ]

@@ -21,6 +21,7 @@ from flowvi.transforms._solvers import all_true
 from flowvi.transforms.base import FlowTransform, common_shape
 from flowvi.transforms.divergence import Divergence, cheapest_divergence
 from flowvi.transforms.ode_solvers import DormandPrince, Solution, Solver
+from flowvi.transforms.regularizers import penalised_solve
 
 __all__ = ["Continuous", "SolveReport", "Trajectory"]
 
@@ -268,7 +269,7 @@ class Continuous(FlowTransform):
 
     def _solve(self, dynamics: Dynamics, state: State, start: float, end: float) -> Solution:
         solver = self.active_solver
-        solution = solver.solve(dynamics, state, start, end)
+        solution = penalised_solve(self, solver, dynamics, state, start, end)
         if not torch.compiler.is_compiling():
             self.last_solve = SolveReport(repr(solver), solution.num_evaluations, solution.note)
         if not self.training:

@@ -1,0 +1,240 @@
+"""Penalties of paths against closed forms and quadrature of fields that are known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowvi.nn import FunctionField, VectorField
+from flowvi.transforms import (
+    HJB,
+    JKO,
+    RK4,
+    Continuous,
+    ExactDivergence,
+    Hutchinson,
+    JacobianNorm,
+    KineticEnergy,
+    Probe,
+    collect_penalties,
+)
+
+
+class Linear(VectorField):
+    """dx/dt = A x + b, counting its evaluations."""
+
+    def __init__(self, input_dim: int) -> None:
+        super().__init__(input_dim)
+        self.matrix = nn.Parameter(torch.randn(input_dim, input_dim))
+        self.shift = nn.Parameter(torch.randn(input_dim))
+        self.calls = 0
+
+    def velocity(self, time: Tensor, x: Tensor, prepared: None) -> Tensor:
+        self.calls += 1
+        return x @ self.matrix.T + self.shift
+
+
+class Spreading(VectorField):
+    """Gradient of |x|^2 / (2 (offset + t)) or, without time, of |x|^2 / 2."""
+
+    def __init__(self, offset: float | None) -> None:
+        super().__init__(2)
+        self.offset = offset
+
+    def rate(self, time: Tensor) -> Tensor:
+        return torch.ones_like(time) if self.offset is None else 1 / (self.offset + time)
+
+    def velocity(self, time: Tensor, x: Tensor, prepared: None) -> Tensor:
+        return self.rate(time) * x
+
+    def potential(self, time: Tensor, x: Tensor, prepared: None) -> Tensor:
+        return 0.5 * self.rate(time) * x.square().sum(-1)
+
+
+def penalties(flow: Continuous, x: Tensor, *regularizers: object) -> tuple[Tensor, ...]:
+    with collect_penalties(regularizers) as found:
+        flow.call_and_ladj(x)
+    assert len(found) == 1
+    assert found[0].flow is flow
+    return found[0].values
+
+
+def kinetic_by_quadrature(field: Linear, x: Tensor) -> Tensor:
+    """Integral of |A x_t + b|^2 / 2 with x_t from the matrix exponential of [[A, b], [0, 0]]."""
+    nodes, weights = np.polynomial.legendre.leggauss(24)
+    dim = field.input_dim
+    big = torch.zeros(dim + 1, dim + 1)
+    big[:dim, :dim], big[:dim, dim] = field.matrix.detach(), field.shift.detach()
+    start = torch.cat([x, torch.ones(len(x), 1)], 1)
+    total = torch.zeros(len(x))
+    for node, weight in zip(nodes, weights, strict=True):
+        state = start @ torch.matrix_exp(big * (node + 1) / 2).T
+        total += weight / 2 * 0.5 * (state @ big.T).square().sum(1)
+    return total
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_linear_field(dim: int, backwards: bool):
+    flow = Continuous(Linear(dim), ExactDivergence(), RK4(64))
+    x = torch.randn(7, dim)
+    regularizers = [KineticEnergy(), JacobianNorm(probe=None), JKO(0.3)]
+    y, ladj = flow.call_and_ladj(x)
+    with collect_penalties(regularizers) as found:
+        got = flow.inverse_and_ladj(y) if backwards else flow.call_and_ladj(x)
+    torch.testing.assert_close(got[1], -ladj if backwards else ladj)
+    kinetic, norm, distance = found[0].values
+    truth = kinetic_by_quadrature(flow.field, x)
+    torch.testing.assert_close(kinetic, truth, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(norm, flow.field.matrix.square().sum().expand(7))
+    torch.testing.assert_close(distance, (y - x).square().sum(1) / 0.6, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("probe", list(Probe))
+@pytest.mark.parametrize("divergence", [ExactDivergence(), Hutchinson(Probe.GAUSSIAN)])
+def test_estimated_norm_is_unbiased(probe: Probe, divergence: object):
+    flow = Continuous(Linear(4), divergence, RK4(2))
+    (norm,) = penalties(flow, torch.randn(40_000, 4), JacobianNorm(probe=probe))
+    truth = flow.field.matrix.square().sum()
+    # 40000 rows with a probe each; four standard errors.
+    assert (norm.mean() - truth).abs() < 4 * norm.std() / math.sqrt(len(norm))
+    assert norm.std() > 0.1
+
+
+def test_norm_takes_the_probe_of_the_divergence():
+    flow = Continuous(Linear(3), Hutchinson(), RK4(2))
+    x = torch.randn(5, 3)
+    torch.manual_seed(3)
+    noise = flow.divergence.draw(x)
+    torch.manual_seed(3)
+    (norm,) = penalties(flow, x, JacobianNorm())
+    torch.testing.assert_close(norm, (noise @ flow.field.matrix.T).square().sum(1))
+
+
+def test_potential_of_optimal_transport_has_no_residual():
+    flow = Continuous(Spreading(1.0), ExactDivergence(), RK4(32))
+    x = torch.randn(6, 2)
+    residual, kinetic = penalties(flow, x, HJB(), KineticEnergy())
+    assert residual.abs().max() < 1e-12
+    # Straight paths of constant speed: x_t = (1 + t) x.
+    torch.testing.assert_close(kinetic, 0.5 * x.square().sum(1))
+
+
+def test_residual_of_a_potential_that_stays():
+    x = torch.randn(6, 2)
+    (residual,) = penalties(Continuous(Spreading(None), ExactDivergence(), RK4(64)), x, HJB())
+    truth = 0.5 * x.square().sum(1) * (math.exp(2) - 1) / 2
+    torch.testing.assert_close(residual, truth, rtol=1e-6, atol=0)
+
+
+def test_gradients_of_penalties_agree_with_finite_differences():
+    flow = Continuous(Linear(2), ExactDivergence(), RK4(4))
+    x = torch.randn(3, 2)
+    regularizers = [KineticEnergy(), JacobianNorm(probe=None), JKO(1.0)]
+
+    def total(matrix: Tensor, shift: Tensor) -> Tensor:
+        module = nn.ModuleDict({"flow": flow})
+        values = {"flow.field.matrix": matrix, "flow.field.shift": shift}
+        with collect_penalties(regularizers) as found:
+            torch.func.functional_call(_Call(module), _prefixed(values), (x,))
+        return torch.stack([v.sum() for v in found[0].values])
+
+    inputs = [p.detach().clone().requires_grad_() for p in flow.field.parameters()]
+    assert torch.autograd.gradcheck(total, inputs)
+
+
+class _Call(nn.Module):
+    def __init__(self, inner: nn.ModuleDict) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner["flow"].call_and_ladj(x)[0]
+
+
+def _prefixed(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"inner.{name}": value for name, value in values.items()}
+
+
+def test_one_pass():
+    flow = Continuous(Linear(2), ExactDivergence(), RK4(3))
+    x = torch.randn(3, 2)
+    flow.call_and_ladj(x)
+    alone, flow.field.calls = flow.field.calls, 0
+    penalties(flow, x, KineticEnergy(), JKO(1.0))
+    assert flow.field.calls == alone
+    flow.field.calls = 0
+    penalties(flow, x, JacobianNorm())
+    assert flow.field.calls == 2 * alone
+
+
+def test_value_and_score_are_what_they_are_without():
+    flow = Continuous(Linear(2), ExactDivergence(), RK4(5))
+    x, score = torch.randn(2, 4, 2)
+    plain = flow.call_ladj_and_score(x, score)
+    with collect_penalties([KineticEnergy(), JacobianNorm(probe=None)]) as found:
+        watched = flow.call_ladj_and_score(x, score)
+    for a, b in zip(plain, watched, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    kinetic, norm = found[0].values
+    torch.testing.assert_close(kinetic, penalties(flow, x, KineticEnergy())[0])
+    assert torch.autograd.grad(kinetic.sum() + norm.sum(), flow.field.matrix)[0].isfinite().all()
+
+
+def test_what_is_not_collected():
+    flow = Continuous(Linear(2), ExactDivergence(), RK4(5))
+    x = torch.randn(3, 2)
+    with collect_penalties([KineticEnergy()]) as outer:
+        with collect_penalties([KineticEnergy(), JKO(1.0)]) as inner:
+            flow(x)
+        flow.trajectory(x, torch.tensor([0.0, 0.5, 1.0]))
+        flow.requires_grad_(False)
+        flow(x)
+    assert (len(outer), len(inner)) == (0, 1)
+    flow.requires_grad_(True)
+    flow(x)
+    assert len(outer) == 0
+
+
+def test_shapes_follow_the_batch():
+    flow = Continuous(FunctionField(2, lambda t, x, c: x * c, 1), ExactDivergence(), RK4(2))
+    with collect_penalties([KineticEnergy(), JacobianNorm(), JKO(1.0)]) as found:
+        flow.call_and_ladj(torch.randn(3, 5, 2), torch.randn(3, 1, 1))
+    assert {tuple(v.shape) for v in found[0].values} == {(3, 5)}
+
+
+def test_meta_device():
+    field = Linear(2)
+    flow = Continuous(field, ExactDivergence(), RK4(2)).to("meta")
+    values = penalties(
+        flow, torch.randn(4, 2, device="meta"), KineticEnergy(), JacobianNorm(), JKO(1.0)
+    )
+    sum(v.sum() for v in values).backward()
+    assert field.matrix.grad.is_meta
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, "1"])
+def test_wrong_weights(weight: object):
+    with pytest.raises(ValueError, match="`weight` must be a non-negative number; got"):
+        KineticEnergy(weight)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="`step_size` must be a positive number; got 0"):
+        JKO(0)
+    with pytest.raises(TypeError, match="`probe` must be a Probe or None; got 'rademacher'"):
+        JacobianNorm(probe="rademacher")
+    flow = Continuous(Linear(2), ExactDivergence(), RK4(2))
+    with pytest.raises(NotImplementedError, match="Linear has no potential.*PotentialField"):
+        penalties(flow, torch.zeros(2), HJB())
+
+
+def test_repr():
+    assert [repr(r) for r in (KineticEnergy(0.5), JKO(2.0))] == [
+        "KineticEnergy(0.5)",
+        "JKO(2.0, 1.0)",
+    ]
