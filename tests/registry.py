@@ -13,17 +13,22 @@ from torch import nn
 from flowvi import flows
 from flowvi.guides import AmortizedFlow, AutoFlow, AutoMixtureFlow, AutoPlateFlow
 from flowvi.objectives import (
+    CUBO,
     ELBO,
     IWAE,
     STL,
     STLIWAE,
+    TVO,
+    VIMCO,
     BetaELBO,
     DReG,
     FreeBits,
     GeometricSchedule,
     LinearSchedule,
     Regularized,
+    Renyi,
     Tempered,
+    VRMax,
 )
 from flowvi.paths import (
     AlphaSigma,
@@ -282,12 +287,20 @@ GUIDES: dict[str, Case] = {
     "plates": Case(partial(AutoPlateFlow, recipe=_narrow, local_recipe=_narrow)),
 }
 OBJECTIVES: dict[str, Case] = {
+    "cubo": Case(CUBO),
     "dreg": Case(DReG),
+    "dreg, loop": Case(partial(DReG, vectorize_particles=False)),
     "elbo": Case(ELBO),
     "elbo, loop": Case(partial(ELBO, vectorize_particles=False)),
     "iwae": Case(IWAE),
     "iwae, loop": Case(partial(IWAE, vectorize_particles=False)),
     "iwae, stl": Case(STLIWAE),
+    "renyi": Case(partial(Renyi, 0.5)),
+    "renyi, max": Case(VRMax),
+    "tvo": Case(TVO),
+    "tvo, reparameterised": Case(partial(TVO, reparameterised=True)),
+    "tvo, upper": Case(partial(TVO, upper=True)),
+    "vimco": Case(VIMCO),
     "regularized": Case(
         lambda *args, **kwargs: Regularized(ELBO(*args, **kwargs), KineticEnergy())
     ),

@@ -17,6 +17,7 @@ from pyro.util import check_model_guide_match
 from torch import Tensor
 
 from flowvi.objectives._minibatch import SameMinibatch
+from flowvi.objectives._sites import check_sites_match
 from flowvi.objectives.weights import log_weights, per_particle
 
 __all__ = ["Objective"]
@@ -39,6 +40,8 @@ class Objective(pyro.infer.ELBO):
             one after the other.
     """
 
+    # Whether the loss is an upper bound on log p itself, rather than minus a lower bound.
+    is_upper_bound = False
     # Whether the runs of a step must see one minibatch, because their weights are combined.
     _joins_runs = False
 
@@ -158,6 +161,7 @@ class Objective(pyro.infer.ELBO):
             guide_trace = self._guide_trace(guide, args, kwargs)
             replayed = poutine.replay(model, trace=guide_trace)
             model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        check_sites_match(model_trace, guide_trace)
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
         return model_trace, guide_trace

@@ -10,18 +10,12 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from flowvi.objectives._constants import (
-    check_reparameterised,
-    leaf_of,
-    with_constant_parameters,
-)
-from flowvi.objectives._draws import check_independent, random_sites
+from flowvi.objectives._draws import check_independent, path_log_prob, reweight_draws
 from flowvi.objectives._path import PathMessenger
-from flowvi.objectives.items import ItemLogWeights, from_items
+from flowvi.objectives.items import ItemLogWeights
 from flowvi.objectives.multisample import MultiSample
-from flowvi.objectives.weights import attached
 
-__all__ = ["IWAE", "DReG", "STLIWAE"]
+__all__ = ["IWAE", "STLIWAE", "DReG"]
 
 
 class IWAE(MultiSample):
@@ -57,11 +51,6 @@ class IWAE(MultiSample):
         >>> loss.shape
         torch.Size([])
     """
-
-    def _guide_term(self, site: dict) -> Tensor:
-        if torch.is_grad_enabled() and not site["is_observed"]:
-            check_reparameterised(site["fn"], site["name"], type(self).__name__, "VIMCO")
-        return attached(site)
 
     def _bound(self, log_w: Tensor) -> Tensor:
         return log_w.logsumexp(0) - math.log(log_w.shape[0])
@@ -100,7 +89,7 @@ class STLIWAE(IWAE):
             return poutine.trace(guide).get_trace(*args, **kwargs)
 
     def _guide_term(self, site: dict) -> Tensor:
-        return path_term(site, type(self).__name__)
+        return path_log_prob(site, type(self).__name__)
 
     def _combine(self, traces: list[tuple[Trace, Trace]], num_particles: int) -> Tensor:
         if torch.is_grad_enabled():
@@ -153,44 +142,3 @@ class DReG(STLIWAE):
         # The logarithm's gradient brings one factor of the normalised weights, this the second.
         weights = items.value.detach().softmax(0)
         reweight_draws(items, guides, weights, self._particle_dim)
-
-
-def path_term(site: dict, bound: str) -> Tensor:
-    """Log-density of a guide site whose gradient runs through its value alone."""
-    fn = site["fn"]
-    if site["is_observed"]:
-        return attached(site)
-    if torch.is_grad_enabled():
-        check_reparameterised(fn, site["name"], bound, "VIMCO")
-        if not hasattr(leaf_of(fn), "path_derivative"):
-            fn = with_constant_parameters(fn, site["name"], bound, "VIMCO")
-    return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
-
-
-def reweight_draws(
-    items: ItemLogWeights, guides: list[Trace], factor: Tensor, particle_dim: int
-) -> None:
-    """Multiply the gradient that arrives at every reparameterised draw of the guide.
-
-    Args:
-        items: the log-weights, for the place of their dims.
-        guides: guide trace of each run.
-        factor: of every particle and item, ``(num_particles, *items)``.
-        particle_dim: dim of the particle plate, negative.
-    """
-    dims = [f.dim for f in items.plates]
-    for guide_trace, rows in zip(guides, factor.chunk(len(guides)), strict=True):
-        for site in random_sites(guide_trace):
-            if site["value"].requires_grad:
-                rows_at_site = from_items(rows, dims, particle_dim, site["fn"].event_dim)
-                site["value"].register_hook(_Multiply(rows_at_site))
-
-
-class _Multiply:
-    """Hook that multiplies a gradient by a constant."""
-
-    def __init__(self, factor: Tensor) -> None:
-        self._factor = factor
-
-    def __call__(self, grad: Tensor) -> Tensor:
-        return grad * self._factor

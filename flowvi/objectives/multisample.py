@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from flowvi.objectives._constants import check_reparameterised
 from flowvi.objectives.base import Objective
 from flowvi.objectives.items import ItemLogWeights, item_log_weights
 from flowvi.objectives.weights import LogWeight, attached, log_weights
@@ -33,6 +35,9 @@ class MultiSample(Objective):
         return log_weights(model_trace, guide_trace, self._guide_term, max_dim=self._max_dim)
 
     def _guide_term(self, site: dict) -> Tensor:
+        # Only the gradient needs the draws to carry it; values are right for any guide.
+        if torch.is_grad_enabled() and not site["is_observed"]:
+            check_reparameterised(site["fn"], site["name"], type(self).__name__, "ELBO or VIMCO")
         return attached(site)
 
     def _combine(self, traces: list[tuple[Trace, Trace]], num_particles: int) -> Tensor:
