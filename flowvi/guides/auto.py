@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro
@@ -22,6 +22,7 @@ from flowvi.guides._recipes import check_whitening, make_flow
 from flowvi.guides._replay import Supply, batch_rows, pack_rows, plated_rows, supplied_values
 from flowvi.guides.base import FlowGuide
 from flowvi.transforms import FlowTransform, Whitening, compose
+from flowvi.transforms.base import common_shape
 
 __all__ = ["AutoFlow"]
 
@@ -124,6 +125,14 @@ class AutoFlow(FlowGuide, AutoContinuous):
         flow = self.flow  # once: every access of a module is a statement to Pyro
         return FlowDistribution(flow.base(), compose(flow.transform, self.whitening))
 
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        start = 0
+        for name, shape in self._unconstrained_shapes.items():
+            batch = latent.shape[:-1] + (1,) * self._unconstrained_dim(name)
+            value = latent[..., start : start + shape.numel()]
+            start += shape.numel()
+            yield self.prototype_trace.nodes[name], value.reshape(common_shape(shape, batch))
+
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site; the joint latent is an auxiliary site outside all plates."""
         plates = self._create_plates(*args, **kwargs)
@@ -174,7 +183,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             rows.append(batch_rows(unconstrained, self._unconstrained_shapes[name]))
             batch_shape = shape[: len(shape) - site["fn"].event_dim]
             total = total + batch_rows(log_density, batch_shape).sum(-1)
-        batch = torch.broadcast_shapes(*(r.shape[:-1] for r in rows))
+        batch = common_shape(*(r.shape[:-1] for r in rows))
         latent = torch.cat([r.expand(*batch, -1) for r in rows], -1)
         return self.get_posterior(*args, **kwargs).log_prob(latent) + total
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
+from flowvi.transforms.base import common_shape
+
 __all__ = ["Prototype", "Site", "inspect_model"]
 
 
@@ -137,7 +139,7 @@ def inspect_model(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Proto
 def _make_site(name: str, recorded: dict[str, Any], start: int) -> Site:
     fn, value = recorded["fn"], recorded["value"]
     transform = biject_to(fn.support)
-    unconstrained_shape = torch.Size(transform.inverse_shape(value.shape))
+    unconstrained_shape = transform.inv(value).shape if value.numel() else value.shape
     size = math.prod(unconstrained_shape)
     if size == 0:
         raise ValueError(
@@ -163,7 +165,7 @@ def _plate_depth(recorded: dict[str, Any]) -> int:
 
 def _batch_shape(recorded: dict[str, Any]) -> torch.Size:
     fn, value = recorded["fn"], recorded["value"]
-    return torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+    return common_shape(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
 
 
 def _feasible_value(name: str, fn: Any) -> Tensor:
@@ -177,9 +179,11 @@ def _feasible_value(name: str, fn: Any) -> Tensor:
         ) from error
     try:
         like = fn.sample()
+        # `inverse_shape` is slow the first time, see `common_shape`.
+        shape = transform.inv(like).shape
     except (NotImplementedError, RuntimeError, ValueError):
         like = torch.empty(())  # an improper site has nothing to sample
-    shape = transform.inverse_shape(torch.Size(fn.batch_shape + fn.event_shape))
+        shape = transform.inverse_shape(torch.Size(fn.batch_shape + fn.event_shape))
     return transform(2 * torch.rand(shape, dtype=like.dtype, device=like.device) - 1)
 
 

@@ -9,6 +9,7 @@ import pyro
 import pyro.optim
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 __all__ = ["GlobalOptim", "Schedule"]
 
@@ -93,9 +94,9 @@ class GlobalOptim(pyro.optim.PyroOptim):
         self.clip_norm = clip_norm
         self.schedule = schedule
         self.step_count = 0
-        self.optimizer: torch.optim.Adam | None = None
         self.skipped: Tensor | None = None
         self.last_skipped: Tensor | None = None
+        self.moments: dict[str, dict[str, Tensor]] = {}
         self._names: dict[str, nn.Parameter | Tensor] = {}
         self._known: set[int] = set()
 
@@ -104,22 +105,53 @@ class GlobalOptim(pyro.optim.PyroOptim):
     ) -> None:
         """Take one step on every known parameter that has a gradient."""
         self.admit(self._named(params))
-        grads = [p.grad for p in self._names.values() if p.grad is not None]
-        if not grads:
+        named = {n: p for n, p in self._names.items() if p.grad is not None}
+        if not named:
             return
+        grads = [p.grad for p in named.values()]
         norm = nn.utils.get_total_norm(grads)
         bad = ~norm.isfinite() if loss is None else ~(norm.isfinite() & loss.isfinite())
         self.last_skipped = bad
         self.skipped = bad.to(torch.int64) if self.skipped is None else self.skipped + bad
-        # Fused Adam divides by `grad_scale` and does nothing where `found_inf` is set.
-        self.optimizer.found_inf = bad.float()
-        if self.clip_norm is not None:
-            self.optimizer.grad_scale = (norm / self.clip_norm).clamp(min=1.0).float()
-        factor = 1.0 if self.schedule is None else self.schedule(self.step_count)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * factor
-        self.optimizer.step()
+        self._step(named, grads, norm, bad)
         self.step_count += 1
+
+    @torch.no_grad()
+    def _step(
+        self, named: dict[str, Tensor], grads: list[Tensor], norm: Tensor, bad: Tensor
+    ) -> None:
+        # The class torch.optim.Adam would do the same, but it first imports all of torch's
+        # compiler, at the price of a small fit.
+        for name, param in named.items():
+            if name not in self.moments:
+                self.moments[name] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=param.device),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+        moments = [self.moments[name] for name in named]
+        clip, factor = self.clip_norm, 1.0
+        if self.schedule is not None:
+            factor = self.schedule(self.step_count)
+        adam(
+            list(named.values()),
+            grads,
+            [m["exp_avg"] for m in moments],
+            [m["exp_avg_sq"] for m in moments],
+            [],
+            [m["step"] for m in moments],
+            fused=True,
+            # Fused Adam divides by `grad_scale` and does nothing where `found_inf` is set.
+            grad_scale=None if clip is None else (norm / clip).clamp(min=1.0).float(),
+            found_inf=bad.float(),
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=self.lr * factor,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
 
     def admit(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Take in parameters that are not known yet, under unique names."""
@@ -133,11 +165,6 @@ class GlobalOptim(pyro.optim.PyroOptim):
                 name = name + "'"
             self._names[name] = param
             self._known.add(id(param))
-        params = list(dict.fromkeys(p for _, p in new))
-        if self.optimizer is None:
-            self.optimizer = torch.optim.Adam(params, lr=self.lr, betas=self.betas, fused=True)
-        else:
-            self.optimizer.add_param_group({"params": params})
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Names and unconstrained values of all known parameters."""
@@ -145,16 +172,14 @@ class GlobalOptim(pyro.optim.PyroOptim):
 
     def get_state(self) -> dict:
         """State by parameter name, in plain tensors and numbers."""
-        moments = {n: dict(self.optimizer.state.get(p, {})) for n, p in self.named_parameters()}
+        moments = {name: dict(self.moments.get(name, {})) for name in self._names}
         return {"step_count": self.step_count, "skipped": self.skipped, "moments": moments}
 
     def set_state(self, state_dict: dict) -> None:
         """Restore what :meth:`get_state` gave; the parameters must be known already."""
         self.step_count = state_dict["step_count"]
         self.skipped = state_dict["skipped"]
-        for name, moments in state_dict["moments"].items():
-            if moments:
-                self.optimizer.state[self._names[name]] = dict(moments)
+        self.moments = {n: dict(m) for n, m in state_dict["moments"].items() if m}
 
     def _named(self, params: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
         # SVI hands over a set, whose order differs between processes; names do not.

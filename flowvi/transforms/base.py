@@ -23,14 +23,29 @@ __all__ = [
 
 
 def common_shape(*shapes: torch.Size) -> torch.Size:
-    """What shapes broadcast to; at no cost where they are equal or empty, as in most steps."""
+    """What shapes broadcast to, in plain Python.
+
+    The first call of ``torch.broadcast_shapes`` imports torch's symbolic shapes, a third of a
+    second.
+
+    Raises:
+        RuntimeError: if they do not broadcast.
+    """
     common: tuple[int, ...] = ()
     for shape in map(tuple, shapes):
         if not common:
             common = shape
         elif shape and shape != common:
-            common = tuple(torch.broadcast_shapes(common, shape))
+            common = _broadcast(common, shape)
     return torch.Size(common)
+
+
+def _broadcast(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
+    length = max(len(first), len(second))
+    first, second = ((1,) * (length - len(shape)) + shape for shape in (first, second))
+    if any(m not in (1, n) and n != 1 for m, n in zip(first, second, strict=True)):
+        raise RuntimeError(f"Shapes {first} and {second} do not broadcast.")
+    return tuple(n if m == 1 else m for m, n in zip(first, second, strict=True))
 
 
 def flatten_batch(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, torch.Size]:

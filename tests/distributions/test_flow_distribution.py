@@ -312,3 +312,20 @@ def test_recovers_a_normal_posterior_with_stock_svi():
         svi.step()
     # Three nats at the start; what is left is the jitter of a constant learning rate.
     assert kl_divergence(closed_form(flow), target) < 3e-2
+
+
+def test_standard_normal_base_is_that_of_torch():
+    ours = StandardNormal(3)()
+    theirs = torch.distributions.Independent(
+        torch.distributions.Normal(torch.zeros(3), torch.ones(3)), 1
+    )
+    value = torch.randn(5, 1, 3)
+    torch.testing.assert_close(ours.log_prob(value), theirs.log_prob(value))
+    torch.testing.assert_close(
+        ours.expand((4,)).log_prob(value), theirs.expand((4,)).log_prob(value)
+    )
+    for law in (ours, ours.expand((4,))):
+        torch.manual_seed(0)
+        x = law.rsample((2,))
+        torch.manual_seed(0)
+        torch.testing.assert_close(x, theirs.expand(law.batch_shape).sample((2,)))

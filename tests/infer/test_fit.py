@@ -380,3 +380,27 @@ def test_default_objective_depends_on_the_guide():
 
     assert type(default_objective(*first_run(line, AutoFlow(line), (Y,), {}))) is STL
     assert type(default_objective(*first_run(discrete, discrete, (Y,), {}))) is ELBO
+
+
+LEAN = """
+import sys
+
+import pyro
+import pyro.distributions as dist
+from flowvi.guides import AutoFlow
+from flowvi.infer import fit
+
+def model():
+    with pyro.plate("items", 2):
+        pyro.sample("x", dist.LogNormal(0.0, 1.0))
+
+fit(model, AutoFlow(model), num_steps=2, progress_bar=False)
+print([name for name in ("sympy", "torch._dynamo") if name in sys.modules])
+"""
+
+
+@pytest.mark.slow
+def test_a_fit_does_not_import_the_compiler():
+    """It would take a second, more than many a fit."""
+    done = subprocess.run([sys.executable, "-c", LEAN], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 from flowvi.distributions import Flow
 from flowvi.nn import MADE, MLP
 from flowvi.transforms import Direction, FlowTransform
+from flowvi.transforms.base import common_shape
 
 # 9. Copies, files and shared parameters.
 
@@ -133,3 +135,15 @@ def test_gpu_equals_cpu(name: str) -> None:
     torch.testing.assert_close((y.cpu(), ladj.cpu()), expected, rtol=1e-9, atol=1e-9)
     again, _ = transform.inverse_and_ladj(y, there)
     torch.testing.assert_close(again.cpu(), x, rtol=0, atol=1e-6)
+
+
+def test_common_shape_is_that_of_torch() -> None:
+    shapes = [(), (1,), (3,), (2, 1), (2, 3), (4, 1, 3), (4, 2, 1), (0,), (0, 3)]
+    for group in itertools.product(shapes, repeat=3):
+        try:
+            expected = torch.broadcast_shapes(*group)
+        except RuntimeError:
+            with pytest.raises(RuntimeError, match="do not broadcast"):
+                common_shape(*group)
+        else:
+            assert common_shape(*group) == expected
