@@ -29,7 +29,7 @@ from flowvi.infer.optim import GlobalOptim, Schedule
 from flowvi.infer.result import Fit
 from flowvi.infer.start import Start
 from flowvi.infer.svi import FlowSVI
-from flowvi.objectives import ELBO, Objective
+from flowvi.objectives import ELBO, STL, Objective
 
 __all__ = ["fit"]
 
@@ -61,7 +61,8 @@ def fit(
 
     In order: a warm start (a Gaussian by quasi-Newton, Pathfinder and batch-and-match, in whose
     coordinates the guide starts); one Adam over all parameters, with warm-up and cosine decay;
-    the average of the iterates or the last one, whichever has the higher ELBO on common draws.
+    the average of the iterates or the last one, whichever is better on common draws, by the
+    objective (by the ELBO while that is still annealed).
 
     **Stopping.** After every window (1/25 of ``num_steps``, at least 40 steps) the mean
     loss is compared with the window before. After two windows in a row that surely gained less
@@ -191,17 +192,32 @@ def _finish(run: Run, find: Callable, notes: list[str], store: dict) -> Fit:
 
 
 def _keep_better_iterate(run: Run) -> bool:
-    """Keep the averaged parameters if their ELBO on common draws is not below the last ones'."""
+    """Keep the averaged parameters if on common draws they are not worse than the last ones."""
     params = list(run.svi.optim.named_parameters())
     state = get_rng_state()
-    last, _ = _measure(run, _SELECTION_DRAWS)
+    last = _merit(run)
     with run.average.swapped(params):
         set_rng_state(state)
-        averaged, _ = _measure(run, _SELECTION_DRAWS)
+        averaged = _merit(run)
     if not averaged >= last:
         return False
     copy_into((p, run.average.values[n]) for n, p in params)
     return True
+
+
+@torch.no_grad()
+def _merit(run: Run) -> float:
+    """What the objective raises, if that is one fixed quantity by now; else the ELBO."""
+    objective = run.svi.objective
+    if isinstance(objective, ELBO | STL) or objective.settled_from > run.step:
+        return _measure(run, _SELECTION_DRAWS)[0]
+    draws = _SELECTION_DRAWS if objective.vectorize_particles else _LOOP_DRAWS
+    losses = [
+        objective.differentiable_loss(run.svi.model, run.svi.guide, *run.args, **run.kwargs)
+        for _ in range(max(math.ceil(draws / objective.num_particles), 4))
+    ]
+    mean = torch.stack(losses).mean()
+    return -mean.item() if mean.isfinite() else -math.inf
 
 
 def _measure(run: Run, num_draws: int) -> tuple[float, float]:
