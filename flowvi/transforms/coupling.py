@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.nn import MLP
-from flowvi.transforms.base import FlowTransform
+from flowvi.transforms._affine_coupling import AffineCouplingPass, is_supported
+from flowvi.transforms.base import FlowTransform, common_shape
 from flowvi.transforms.elementwise import (
     Affine,
     Chain,
@@ -109,6 +110,8 @@ class Coupling(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.input_dim == 1:
             return self.only._call_ladj_and_score(x, score, context)
+        if is_supported(self.elementwise, self.network.activation):
+            return self._affine_pass(x, score, context)
         keep_graph = torch.is_grad_enabled()
         kept, moved = self._split(x)
         score_kept, score_moved = self._split(score.detach())
@@ -123,6 +126,25 @@ class Coupling(FlowTransform):
         pushed = self._join(score_kept - pulled, score_moved)
         ladj = ladj.sum(-1)
         return (out, ladj, pushed) if keep_graph else (out.detach(), ladj.detach(), pushed)
+
+    def _affine_pass(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        network = self.network
+        flat = [t for layer in network.layers for t in (layer.weight, layer.bias)]
+        batch, score = x.shape[:-1], score.detach()
+        if context is not None:
+            shift = network.context_layer(context)
+            batch = common_shape(batch, shift.shape[:-1])
+            flat[1] = (flat[1] + shift).expand(*batch, -1).reshape(-1, shift.shape[-1])
+        if x.dim() != 2 or x.shape[:-1] != batch:
+            x, score = (t.expand(*batch, -1).reshape(-1, self.input_dim) for t in (x, score))
+        spec = (self._split, self._join, self.elementwise, network.activation)
+        out, ladj, pushed = AffineCouplingPass.apply(spec, x, score, *flat)
+        if len(batch) != 1:
+            ladj = ladj.reshape(batch)
+            out, pushed = (t.reshape(*batch, self.input_dim) for t in (out, pushed))
+        return out, ladj, pushed
 
     def _params(self, kept: Tensor, context: Tensor | None) -> Tensor:
         return self._arrange(self.network(kept, context))

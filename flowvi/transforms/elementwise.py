@@ -180,6 +180,16 @@ class Affine(ElementwiseMap):
             of_ladj = _as_params(none, bounded)
             return y, log_scale, (none, of_ladj, _as_params(one, bounded * (x * scale)))
 
+    def pull_back(
+        self, x: Tensor, ladj: Tensor, grad_y: Tensor, grad_ladj: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients for ``x`` and the raw parameters, given those for ``y`` and a row's ladj."""
+        grad_x = grad_y * ladj.exp()
+        of_scale = grad_x * x
+        if grad_ladj is not None:
+            of_scale += grad_ladj.unsqueeze(-1)
+        return grad_x, _as_params(grad_y, of_scale.mul_(self._slope(ladj)))
+
     def _slope(self, log_scale: Tensor) -> Tensor:
         """Derivative of the log-scale in its raw parameter, 1 - (s / b)^2."""
         one = log_scale.new_ones(())
