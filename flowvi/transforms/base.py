@@ -234,6 +234,8 @@ class Inverse(FlowTransform):
         NotImplementedError: if ``transform.has_inverse`` is false.
     """
 
+    has_score_recursion = True
+
     def __init__(self, transform: FlowTransform) -> None:
         super().__init__(transform.input_dim, transform.context_dim)
         if not transform.has_inverse:
@@ -260,6 +262,18 @@ class Inverse(FlowTransform):
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.transform._call_and_ladj(y, context)
+
+    def _call_ladj_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj = self.transform._inverse_and_ladj(x, context)
+        # With T the map turned round, s_y = J_T(y)^T s_x + grad log|det J_T(y)|: one pass of T.
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_()
+            back, ladj_back = self.transform._call_and_ladj(leaf, context)
+            total = (score.detach() * back).sum() + ladj_back.sum()
+            pushed = torch.autograd.grad(total, leaf)[0]
+        return y, ladj, pushed
 
 
 class Compose(FlowTransform):
