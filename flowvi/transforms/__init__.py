@@ -2,6 +2,7 @@
 
 from flowvi.transforms._dynamics import Stage, Term
 from flowvi.transforms.actnorm import ActNorm
+from flowvi.transforms.adaptive import Adaptive, AdaptiveMethod
 from flowvi.transforms.autoregressive import Autoregressive
 from flowvi.transforms.base import Compose, Direction, FlowTransform, Inverse, compose
 from flowvi.transforms.continuous import Continuous, SolveReport, Trajectory
@@ -47,6 +48,8 @@ __all__ = [
     "JKO",
     "RK4",
     "ActNorm",
+    "Adaptive",
+    "AdaptiveMethod",
     "Additive",
     "Affine",
     "Autoregressive",

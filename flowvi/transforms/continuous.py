@@ -114,7 +114,6 @@ class Continuous(FlowTransform):
     """
 
     exact_inverse = False
-    has_score_recursion = True
 
     def __init__(
         self,
@@ -150,6 +149,10 @@ class Continuous(FlowTransform):
         if self.training or self.eval_solver is None:
             return self.solver
         return self.eval_solver
+
+    @property
+    def has_score_recursion(self) -> bool:
+        return not self.active_solver.adjoint
 
     def call_with_integrals(
         self, x: Tensor, terms: Sequence[Term], context: Tensor | None = None
