@@ -271,3 +271,27 @@ def test_score_recursion_equals_gradient_through_inverse(name: str, drawn: bool)
     log_q = FlowDistribution(base, transform, context).log_prob(leaf)
     expected = torch.autograd.grad(log_q.sum(), leaf)[0]
     torch.testing.assert_close(pushed, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if TRANSFORMS[n].make().has_score_recursion])
+@both_states
+def test_score_recursion_keeps_the_gradients_of_value_and_ladj(name: str, drawn: bool) -> None:
+    case, transform = build(name, drawn)
+    x = torch.randn(6, case.input_dim, requires_grad=True)
+    context = context_of(case, 6)
+    leaves = [x, *transform.parameters()]
+    if context is not None:
+        leaves.append(context.requires_grad_())
+    weights = torch.randn(6, case.input_dim), torch.randn(6)
+    for which in ((1, 0), (0, 1), (1, 1)):
+        found = []
+        for y, ladj, *_ in (
+            transform.call_ladj_and_score(x, -x, context),
+            transform.call_and_ladj(x, context),
+        ):
+            total = which[0] * (weights[0] * y).sum() + which[1] * (weights[1] * ladj).sum()
+            if not total.requires_grad:
+                return
+            grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+            found.append(torch.cat([g.flatten() for g in grads]))
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
