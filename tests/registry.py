@@ -15,6 +15,7 @@ from flowvi.guides import AmortizedFlow, AutoFlow, AutoMixtureFlow, AutoPlateFlo
 from flowvi.objectives import (
     CUBO,
     ELBO,
+    EUBO,
     IWAE,
     STL,
     STLIWAE,
@@ -22,6 +23,7 @@ from flowvi.objectives import (
     VIMCO,
     BetaELBO,
     DReG,
+    ForwardKL,
     FreeBits,
     GeometricSchedule,
     LinearSchedule,
@@ -56,6 +58,7 @@ from flowvi.transforms import (
     Autoregressive,
     Compose,
     Coupling,
+    DormandPrince,
     ElementwiseTransform,
     FlowTransform,
     Householder,
@@ -264,9 +267,14 @@ TRANSFORMS: dict[str, Case] = {
     "inverse": Case(lambda: Inverse(_composed()), 3, float32=True),
 }
 
+# Tests of laws compare to 1e-6, which takes more steps than training does.
+OPTIONS = {"cnf": {"hidden_dims": (8, 8), "solver": DormandPrince(20)}}
+
 FLOWS: dict[str, Case] = {
     f"{recipe}, {dim}-D{', context' if context_dim else ''}": Case(
-        partial(getattr(flows, recipe), dim, context_dim), dim, context_dim
+        partial(getattr(flows, recipe), dim, context_dim, **OPTIONS.get(recipe, {})),
+        dim,
+        context_dim,
     )
     for recipe in flows.__all__
     for dim, context_dim in ((1, 0), (1, 2), (2, 0), (4, 0), (4, 2))
@@ -311,6 +319,9 @@ OBJECTIVES: dict[str, Case] = {
     "beta": Case(partial(BetaELBO, beta=0.5)),
     "beta, free bits": Case(partial(BetaELBO, free_bits=FreeBits(0.1))),
     "beta, schedule": Case(partial(BetaELBO, beta=LinearSchedule(100), path_gradient=True)),
+    "eubo": Case(EUBO),
+    "forward kl": Case(ForwardKL),
+    "forward kl, loop": Case(partial(ForwardKL, vectorize_particles=False)),
     "tempered": Case(partial(Tempered, beta=GeometricSchedule(100))),
     "tempered, joint": Case(partial(Tempered, beta=GeometricSchedule(100), joint=True)),
     "tempered, path": Case(partial(Tempered, beta=GeometricSchedule(100), path_gradient=True)),

@@ -5,6 +5,7 @@ from flowvi.objectives.base import Objective
 from flowvi.objectives.beta import BetaELBO
 from flowvi.objectives.cubo import CUBO
 from flowvi.objectives.elbo import ELBO
+from flowvi.objectives.eubo import EUBO, ForwardKL
 from flowvi.objectives.items import ItemLogWeights, item_log_weights
 from flowvi.objectives.iwae import IWAE, STLIWAE, DReG
 from flowvi.objectives.multisample import MultiSample
@@ -20,6 +21,7 @@ from flowvi.objectives.weights import LogWeight, log_weights
 __all__ = [
     "CUBO",
     "ELBO",
+    "EUBO",
     "IWAE",
     "STL",
     "STLIWAE",
@@ -28,6 +30,7 @@ __all__ = [
     "BetaELBO",
     "CyclicalSchedule",
     "DReG",
+    "ForwardKL",
     "FreeBits",
     "GeometricSchedule",
     "ItemLogWeights",
