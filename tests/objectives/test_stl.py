@@ -191,7 +191,8 @@ def test_flow_guide_gradient_is_zero_at_the_model():
     assert max(p.grad.abs().max() for p in flow.parameters()) > 1e-3
 
 
-@pytest.mark.parametrize("name", FLOWS)
+# A continuous flow is turned round only to its solver's tolerance.
+@pytest.mark.parametrize("name", [n for n in FLOWS if not n.startswith("cnf")])
 def test_recursion_and_inversion_give_the_same_gradient(name):
     case = FLOWS[name]
     flow = case.make()
