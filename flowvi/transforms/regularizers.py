@@ -130,8 +130,8 @@ class JacobianNorm(Regularizer):
 class HJB(Regularizer):
     r"""Residual of the Hamilton-Jacobi-Bellman equation of a potential, along the path.
 
-    .. math:: \int_0^1 \big| \partial_t \phi(t, x_t)
-        + \tfrac12 \lVert \nabla_x \phi(t, x_t) \rVert^2 \big|\, dt, \qquad v = \nabla_x \phi
+    .. math:: \int_0^1 \big| \partial_t \Phi(t, x_t)
+        - \tfrac12 \lVert \nabla_x \Phi(t, x_t) \rVert^2 \big|\, dt, \qquad v = -\nabla_x \Phi
 
     Zero for optimal transport, whose potential solves that equation; it helps
     :class:`KineticEnergy` to find straight paths. Costs one more evaluation of the potential.
@@ -140,8 +140,8 @@ class HJB(Regularizer):
         weight: factor in the objective, non-negative.
 
     References:
-        Onken, Wu Fung, Li and Ruthotto (2021), OT-Flow, arXiv:2006.00104, equation 9 (there the
-        potential has the opposite sign and time runs from the data).
+        Onken, Wu Fung, Li and Ruthotto (2021), OT-Flow, arXiv:2006.00104, equation 9 (there time
+        runs from the data).
     """
 
     def check(self, field: VectorField) -> None:
@@ -152,14 +152,14 @@ class HJB(Regularizer):
             )
 
     def term(self, dynamics: Dynamics, x: Tensor) -> Term:
-        field, prepared = dynamics.field, dynamics.prepared
+        field = dynamics.field
 
         def residual(stage: Stage) -> Tensor:
             def at(t: Tensor) -> Tensor:
-                return field.potential(field.embed(t), stage.x, prepared)
+                return field.potential(t, stage.x, stage.context)
 
             change = torch.func.jvp(at, (stage.t,), (torch.ones_like(stage.t),))[1]
-            return (change + _half_square(stage)).abs()
+            return (change - _half_square(stage)).abs()
 
         return residual
 

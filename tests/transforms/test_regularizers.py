@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowvi.nn import FunctionField, VectorField
+from flowvi.nn import FunctionField, PotentialField, VectorField
 from flowvi.transforms import (
     HJB,
     JKO,
@@ -39,7 +39,7 @@ class Linear(VectorField):
 
 
 class Spreading(VectorField):
-    """Gradient of |x|^2 / (2 (offset + t)) or, without time, of |x|^2 / 2."""
+    """Velocity x / (offset + t) or, without time, x."""
 
     def __init__(self, offset: float | None) -> None:
         super().__init__(2)
@@ -51,8 +51,8 @@ class Spreading(VectorField):
     def velocity(self, time: Tensor, x: Tensor, prepared: None) -> Tensor:
         return self.rate(time) * x
 
-    def potential(self, time: Tensor, x: Tensor, prepared: None) -> Tensor:
-        return 0.5 * self.rate(time) * x.square().sum(-1)
+    def potential(self, t: Tensor, x: Tensor, context: None) -> Tensor:
+        return -0.5 * self.rate(t) * x.square().sum(-1)
 
 
 def penalties(flow: Continuous, x: Tensor, *regularizers: object) -> tuple[Tensor, ...]:
@@ -129,6 +129,27 @@ def test_residual_of_a_potential_that_stays():
     (residual,) = penalties(Continuous(Spreading(None), ExactDivergence(), RK4(64)), x, HJB())
     truth = 0.5 * x.square().sum(1) * (math.exp(2) - 1) / 2
     torch.testing.assert_close(residual, truth, rtol=1e-6, atol=0)
+
+
+def test_residual_of_a_learned_potential():
+    field = PotentialField(3, 8, context_dim=2)
+    for parameter in field.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(5, 3)
+    context = torch.randn(5, 2)
+    flow = Continuous(field, solver=RK4(32))
+    with collect_penalties([HJB()]) as found:
+        flow.call_and_ladj(0.1 * x, context)
+    # The same by differences of the potential in time, along the path, by the trapezoidal rule.
+    ts = torch.linspace(0, 1, 101)
+    path = flow.trajectory(0.1 * x, ts, context)
+    h, rows = 1e-5, []
+    for t, state in zip(ts.clamp(h, 1 - h), path.x, strict=True):
+        later, earlier = (field.potential(s, state, context) for s in (t + h, t - h))
+        square = field(t, state, context).square().sum(-1)
+        rows.append(((later - earlier) / (2 * h) - square / 2).abs())
+    truth = torch.trapezoid(torch.stack(rows), ts, dim=0)
+    torch.testing.assert_close(found[0].values[0], truth, rtol=1e-2, atol=0)
 
 
 def test_gradients_of_penalties_agree_with_finite_differences():
