@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from flowvi.nn.mlp import activate
-from flowvi.transforms.elementwise import Affine
+from flowvi.transforms.elementwise import Additive, Affine
 
 __all__ = ["AffineCouplingPass", "is_supported"]
 
@@ -28,7 +28,7 @@ Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 def is_supported(elementwise: object, activation: nn.Module) -> bool:
     """Whether this is plain eager code for an affine map and an activation known here."""
     return (
-        type(elementwise) is Affine
+        type(elementwise) in (Additive, Affine)
         and type(activation) in _GRADS
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
@@ -54,20 +54,20 @@ class AffineCouplingPass(torch.autograd.Function):
         for weight, bias in zip(weights[:-1], biases, strict=False):
             values.append(activate(activation, torch.addmm(bias, values[-1], weight.t())))
         raw = torch.addmm(biases[-1], values[-1], weights[-1].t())
-        params = raw.unflatten(1, (2, -1)).mT
-        y, log_scale, score_moved, grad = elementwise.call_with_score(moved, params, score_moved)
-        # J is block triangular with the diagonal block exp(log_scale): solve for the moved part,
+        params = raw.unflatten(1, (elementwise.num_params, -1)).mT
+        y, ladj, score_moved, grad = elementwise.call_with_score(moved, params, score_moved)
+        # J is block triangular with the diagonal block exp(ladj): solve for the moved part,
         # then substitute; the network's share comes back through its own pullback.
         grad = grad.mT.flatten(1)
         for weight, value in zip(weights[:0:-1], values[:0:-1], strict=True):
             grad = _GRADS[type(activation)](grad @ weight, value)
         score_kept = torch.addmm(score_kept, grad, weights[0], alpha=-1)
         ctx.spec, ctx.depth = spec, len(weights)
-        ctx.save_for_backward(moved, log_scale, *values, *flat)
+        ctx.save_for_backward(moved, ladj, *values, *flat)
         pushed = join(score_kept, score_moved)
         ctx.mark_non_differentiable(pushed)
         ctx.set_materialize_grads(False)
-        return join(kept, y), log_scale.sum(-1), pushed
+        return join(kept, y), ladj.sum(-1), pushed
 
     @staticmethod
     @once_differentiable
@@ -75,13 +75,13 @@ class AffineCouplingPass(torch.autograd.Function):
         ctx: FunctionCtx, grad_y: Tensor | None, grad_ladj: Tensor | None, _: None
     ) -> tuple:
         split, join, elementwise, activation = ctx.spec
-        moved, log_scale, *saved = ctx.saved_tensors
+        moved, ladj, *saved = ctx.saved_tensors
         values, flat = saved[: ctx.depth], saved[ctx.depth :]
         if grad_y is None:
             shape = (*moved.shape[:-1], values[0].shape[-1] + moved.shape[-1])
             grad_y = moved.new_zeros(shape)
         grad_kept, grad_moved = split(grad_y)
-        grad_moved, grad = elementwise.pull_back(moved, log_scale, grad_moved, grad_ladj)
+        grad_moved, grad = elementwise.pull_back(moved, ladj, grad_moved, grad_ladj)
         grad = grad.mT.flatten(1)
         needs, result = ctx.needs_input_grad[3:], [None] * len(flat)
         for layer in range(ctx.depth - 1, -1, -1):

@@ -119,6 +119,18 @@ class Additive(ElementwiseMap):
         x = y - params[..., 0]
         return x, torch.zeros_like(x)
 
+    def call_with_score(
+        self, x: Tensor, params: Tensor, score: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        score = score.detach()
+        return *self.call_and_ladj(x, params), score, score.unsqueeze(-1)
+
+    def pull_back(
+        self, x: Tensor, ladj: Tensor, grad_y: Tensor, grad_ladj: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients for ``x`` and the raw parameters, given those for ``y`` and a row's ladj."""
+        return grad_y, grad_y.unsqueeze(-1)
+
 
 @dataclass(frozen=True)
 class Affine(ElementwiseMap):
