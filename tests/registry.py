@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from flowvi import flows
-from flowvi.guides import AmortizedFlow, AutoFlow, AutoMixtureFlow, AutoPlateFlow
+from flowvi.guides import (
+    AmortizedFlow,
+    AutoAugmentedFlow,
+    AutoFlow,
+    AutoMixtureFlow,
+    AutoPlateFlow,
+)
 from flowvi.objectives import (
     CUBO,
     ELBO,
@@ -29,6 +35,7 @@ from flowvi.objectives import (
     LinearSchedule,
     Regularized,
     Renyi,
+    ReweightedWakeSleep,
     Tempered,
     VRMax,
 )
@@ -289,6 +296,7 @@ def _encoder() -> nn.Module:
 
 GUIDES: dict[str, Case] = {
     "amortised": Case(lambda model: AmortizedFlow(model, _encoder(), _narrow, _narrow)),
+    "augmented": Case(partial(AutoAugmentedFlow, recipe=_narrow, num_extra=2)),
     "joint": Case(partial(AutoFlow, recipe=_narrow)),
     "joint, spline": Case(partial(AutoFlow, recipe=partial(flows.nsf, num_layers=2))),
     "mixture": Case(partial(AutoMixtureFlow, recipe=_narrow)),
@@ -322,6 +330,9 @@ OBJECTIVES: dict[str, Case] = {
     "eubo": Case(EUBO),
     "forward kl": Case(ForwardKL),
     "forward kl, loop": Case(partial(ForwardKL, vectorize_particles=False)),
+    "wake": Case(ReweightedWakeSleep),
+    "wake and sleep": Case(partial(ReweightedWakeSleep, insomnia=0.5)),
+    "wake, loop": Case(partial(ReweightedWakeSleep, vectorize_particles=False)),
     "tempered": Case(partial(Tempered, beta=GeometricSchedule(100))),
     "tempered, joint": Case(partial(Tempered, beta=GeometricSchedule(100), joint=True)),
     "tempered, path": Case(partial(Tempered, beta=GeometricSchedule(100), path_gradient=True)),

@@ -16,6 +16,7 @@ from flowvi.objectives.stl import STL
 from flowvi.objectives.tempered import Tempered
 from flowvi.objectives.tvo import TVO, log_uniform_partition
 from flowvi.objectives.vimco import VIMCO
+from flowvi.objectives.wake_sleep import ReweightedWakeSleep
 from flowvi.objectives.weights import LogWeight, log_weights
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Objective",
     "Regularized",
     "Renyi",
+    "ReweightedWakeSleep",
     "Tempered",
     "VRMax",
     "item_log_weights",

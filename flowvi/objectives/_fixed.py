@@ -22,6 +22,7 @@ __all__ = [
     "check_scores_given",
     "score_fixed",
     "split_weights",
+    "weighted_sum",
 ]
 
 
@@ -163,6 +164,11 @@ def split_weights(
         log_weights(model_trace, Trace(), max_dim=max_dim),
         log_weights(Trace(), guide_trace, score_fixed(bound), max_dim=max_dim),
     )
+
+
+def weighted_sum(share: Tensor, value: Tensor) -> Tensor:
+    """Sum over the first dim; where the share is zero nothing is added, be the value infinite."""
+    return torch.where(share > 0, share * value, torch.zeros_like(share)).sum(0)
 
 
 def _shown(fn: Distribution) -> str:

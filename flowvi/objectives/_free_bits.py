@@ -27,10 +27,11 @@ class FreeBits:
     .. math:: \sum_g \max(\lambda_g,\ \overline{KL}_g), \qquad
         \overline{KL}_g = \frac{1}{N} \sum_{i=1}^N E_q[\log q(z_{g,i}) - \log p(z_{g,i})]
 
-    per item of the plates around the group, so the floor of the whole term is :math:`N\lambda_g`;
-    the mean is over particles and the items in the minibatch, before the maximum is taken. A term
-    below its floor counts as the floor and has no gradient. The mean is estimated by draws and
-    the maximum is convex, so with few draws the floor acts a little high.
+    per item of the plates around the group, so the floor of the whole term is :math:`N\lambda_g`
+    (N summed over the sets of plates, if a group has several); the mean is over particles and the
+    items in the minibatch, before the maximum is taken. A term below its floor counts as the
+    floor and has no gradient. The mean is estimated by draws and the maximum is convex, so with
+    few draws the floor acts a little high.
 
     Args:
         nats: the floor :math:`\lambda` in nats per item; or a mapping from group to floor, where
@@ -69,6 +70,8 @@ def num_items(
 ) -> Tensor:
     """Number of items of a group in the whole data set; masked ones do not count.
 
+    Sites in the same plates have common items; those of other plates are counted besides.
+
     Args:
         model_trace: trace of one run.
         part_of: group of a site.
@@ -77,7 +80,6 @@ def num_items(
         like: tensor of the wanted dtype and device.
 
     Raises:
-        ValueError: if sites of the group are in different plates, so that there is no one number.
         NotImplementedError: if the group has no site of the model.
     """
     sites = [s for s in model_trace.nodes.values() if is_latent(s) and part_of(s) == group]
@@ -86,15 +88,12 @@ def num_items(
             f"Free bits need the whole KL term of a group; `{group}` has no site of the model. "
             "Give `group_of` that puts the auxiliary site into the group of the sites it draws."
         )
-    plates = [{f.name for f in s["cond_indep_stack"] if f.vectorized} for s in sites]
-    if any(names != plates[0] for names in plates):
-        raise ValueError(
-            f"`group_of` must put sites with equal plates into one group where it has free bits; "
-            f"group `{group}` has sites with {[sorted(names) for names in plates]}."
-        )
-    first = sites[0]
-    ones = like.new_ones(first["fn"].batch_shape)
-    return scale_and_mask(ones, first["scale"], first["mask"]).sum() / num_particles
+    firsts = {frozenset(f.name for f in s["cond_indep_stack"]): s for s in reversed(sites)}
+    total = torch.zeros_like(like)
+    for site in firsts.values():
+        ones = like.new_ones(site["fn"].batch_shape)
+        total = total + scale_and_mask(ones, site["scale"], site["mask"]).sum() / num_particles
+    return total
 
 
 def shortfall(

@@ -17,6 +17,7 @@ from flowvi.objectives._fixed import (
     check_no_parameters,
     check_scores_given,
     split_weights,
+    weighted_sum,
 )
 from flowvi.objectives._sites import check_sites_match
 from flowvi.objectives.multisample import MultiSample
@@ -141,14 +142,11 @@ class EUBO(MultiSample):
             return -sum(means) / len(means)
         items = self._items(weights, num_particles)
         constant = items.value.detach()
-        share = constant.softmax(0)
-        # A draw of weight zero has a log-weight of -inf, and adds nothing.
-        carrier = torch.where(share > 0, share * items.value, torch.zeros_like(share)).sum(0)
+        carrier = weighted_sum(constant.softmax(0), items.value)
         return -items.total(with_gradient_of(self._bound(constant), carrier))
 
     def _bound(self, log_w: Tensor) -> Tensor:
-        share = log_w.softmax(0)
-        return torch.where(share > 0, share * log_w, torch.zeros_like(log_w)).sum(0)
+        return weighted_sum(log_w.softmax(0), log_w)
 
 
 class ForwardKL(EUBO):
