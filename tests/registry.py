@@ -58,6 +58,7 @@ from flowvi.paths import (
     VariancePreservingCosine,
     with_time,
 )
+from flowvi.samplers import EulerMaruyama, Milstein, StochasticHeun
 from flowvi.transforms import (
     ActNorm,
     Additive,
@@ -84,7 +85,16 @@ from flowvi.transforms import (
     Whitening,
 )
 
-__all__ = ["FLOWS", "GUIDES", "OBJECTIVES", "PATHS", "SCHEDULES", "TRANSFORMS", "Case"]
+__all__ = [
+    "FLOWS",
+    "GUIDES",
+    "OBJECTIVES",
+    "PATHS",
+    "SAMPLERS",
+    "SCHEDULES",
+    "TRANSFORMS",
+    "Case",
+]
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,7 @@ class Case:
             "0" is exactly zero, "1" is not.
         no_gradient: names of parameters that are without effect by construction.
         float32: whether the float32 round trip is promised (spline and affine maps).
+        bound: whether a guide's log_q is a bound, not the log-density of its draws.
     """
 
     make: Callable[[], Any]
@@ -107,6 +118,7 @@ class Case:
     jacobian: tuple[str, ...] = ()
     no_gradient: tuple[str, ...] = ()
     float32: bool = False
+    bound: bool = False
 
 
 SMALL = {"hidden_dims": (8, 8)}
@@ -296,7 +308,7 @@ def _encoder() -> nn.Module:
 
 GUIDES: dict[str, Case] = {
     "amortised": Case(lambda model: AmortizedFlow(model, _encoder(), _narrow, _narrow)),
-    "augmented": Case(partial(AutoAugmentedFlow, recipe=_narrow, num_extra=2)),
+    "augmented": Case(partial(AutoAugmentedFlow, recipe=_narrow, num_extra=2), bound=True),
     "joint": Case(partial(AutoFlow, recipe=_narrow)),
     "joint, spline": Case(partial(AutoFlow, recipe=partial(flows.nsf, num_layers=2))),
     "mixture": Case(partial(AutoMixtureFlow, recipe=_narrow)),
@@ -384,6 +396,11 @@ SCHEDULES: dict[str, Case] = {
     "sub-variance preserving": Case(SubVariancePreserving),
     "variance exploding": Case(VarianceExploding),
     "variance preserving": Case(VariancePreserving),
+}
+SAMPLERS: dict[str, Case] = {
+    "euler": Case(EulerMaruyama),
+    "heun": Case(StochasticHeun),
+    "milstein": Case(Milstein),
 }
 PATHS: dict[str, Case] = {
     "bridge": Case(lambda: BrownianBridge(2, 0.7), 2, 4),

@@ -13,12 +13,13 @@ import pytest
 import torch
 from pyro.infer import ELBO as PyroELBO
 from pyro.infer.autoguide import AutoGuide
-from registry import FLOWS, GUIDES, OBJECTIVES, PATHS, SCHEDULES, TRANSFORMS
+from registry import FLOWS, GUIDES, OBJECTIVES, PATHS, SAMPLERS, SCHEDULES, TRANSFORMS
 
 import flowvi
 from flowvi import flows
 from flowvi.distributions import Flow
 from flowvi.paths import Path, Schedule
+from flowvi.samplers import SDESolver
 from flowvi.transforms import FlowTransform
 
 
@@ -72,6 +73,10 @@ def test_every_schedule_is_registered():
 
 def test_every_path_is_registered():
     assert public_subclasses(Path) <= {type(case.make()) for case in PATHS.values()}
+
+
+def test_every_sampler_is_registered():
+    assert public_subclasses(SDESolver) <= {type(case.make()) for case in SAMPLERS.values()}
 
 
 def test_every_recipe_is_registered():

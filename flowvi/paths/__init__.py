@@ -20,6 +20,7 @@ from flowvi.paths.schedules import (
     ScheduleValues,
     VarianceExploding,
 )
+from flowvi.paths.sde import SDE, Drift
 from flowvi.paths.times import DensityTimes, TimeLaw, UniformTimes
 from flowvi.paths.variance_preserving import (
     LearnedMonotone,
@@ -30,12 +31,14 @@ from flowvi.paths.variance_preserving import (
 )
 
 __all__ = [
+    "SDE",
     "AlphaSigma",
     "BridgeNoise",
     "BrownianBridge",
     "DensityTimes",
     "Diffusion",
     "DiffusionPath",
+    "Drift",
     "FlowPath",
     "GaussianPath",
     "InterpolantNoise",

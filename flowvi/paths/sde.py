@@ -33,7 +33,10 @@ class Drift(nn.Module):
     """
 
     def embed(self, t: Tensor) -> Tensor:
-        """What times contribute: leading dims stay, the last may change; the times themselves."""
+        """What times ``(*times, *batch or ones, 1)`` contribute; the times if not written.
+
+        Leading dims stay, the last may change; ones may grow to the batch.
+        """
         return t
 
     def given(self, x: Tensor, time: Tensor) -> Tensor:

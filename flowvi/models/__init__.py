@@ -1,0 +1,37 @@
+"""Model-and-guide pairs for stock ``SVI``."""
+
+from flowvi.models.drifts import DriftMLP
+from flowvi.models.encoders import (
+    ConvolutionalEncoder,
+    FirstFramesEncoder,
+    RecurrentEncoder,
+    SeriesEncoder,
+)
+from flowvi.models.latent_posteriors import (
+    LatentPosterior,
+    SimulatedLatent,
+    SimulationFreeLatent,
+)
+from flowvi.models.latent_sde import (
+    GaussianDecoder,
+    LatentSDE,
+    LatentTerms,
+    NormalStart,
+    Prediction,
+)
+
+__all__ = [
+    "ConvolutionalEncoder",
+    "DriftMLP",
+    "FirstFramesEncoder",
+    "GaussianDecoder",
+    "LatentPosterior",
+    "LatentSDE",
+    "LatentTerms",
+    "NormalStart",
+    "Prediction",
+    "RecurrentEncoder",
+    "SeriesEncoder",
+    "SimulatedLatent",
+    "SimulationFreeLatent",
+]

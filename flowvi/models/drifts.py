@@ -1,0 +1,175 @@
+"""Drift networks, plain and tied to a context that changes from observation to observation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flowvi.nn.mlp import check_sizes
+from flowvi.paths.sde import Drift
+
+__all__ = ["DriftMLP"]
+
+
+class DriftMLP(Drift):
+    r"""Fully connected drift whose shares of time and context enter the first layer.
+
+    .. math:: f(x, t, c) = \mathrm{MLP}\big(W x + a\,t + C\,c(t) + b\big)
+
+    The shares of time and context are worked out for all steps of a solve at once, so a step is
+    the products of the state's own path through the network and nothing else.
+
+    Args:
+        dim: number of dimensions of the state.
+        hidden_dims: widths of the hidden layers, at least one.
+        context_dim: length of the context; 0 for none. Use :meth:`bind` to give it.
+        activation: makes the nonlinearity; smooth for a smooth drift.
+        time_dependent: whether time enters; without it the drift is that of a homogeneous process.
+
+    Shape:
+        x: ``(*batch, dim)``; t: ``(*batch, 1)`` or ``(1,)``; drift: ``(*batch, dim)``.
+
+    Raises:
+        ValueError: if a size is below 1 (``context_dim``: below 0) or there is no hidden layer.
+
+    Example:
+        >>> DriftMLP(3, (16, 16))(torch.zeros(7, 3), torch.zeros(1)).shape
+        torch.Size([7, 3])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        context_dim: int = 0,
+        *,
+        activation: Callable[[], nn.Module] = nn.Softplus,
+        time_dependent: bool = True,
+    ) -> None:
+        super().__init__()
+        check_sizes(dim, hidden_dims, dim, context_dim)
+        if not hidden_dims:
+            raise ValueError("`hidden_dims` must hold at least one width; got ().")
+        self.dim = dim
+        self.context_dim = context_dim
+        self.time_dependent = time_dependent
+        sizes = (dim, *hidden_dims, dim)
+        first, *others = (nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False))
+        # Stored input by output: products with a thin matrix run several times faster so.
+        self.first = nn.Parameter(first.weight.detach().t().contiguous())
+        self.bias = nn.Parameter(first.bias.detach())
+        self.layers = nn.ModuleList(others)
+        self.activation = activation()
+        if time_dependent:
+            self.time_layer = nn.Linear(2 if context_dim else 1, sizes[1], bias=False)
+        if context_dim:
+            self.context_layer = nn.Linear(context_dim, sizes[1], bias=False)
+
+    def bind(self, context: Tensor, at: Tensor | None = None) -> Drift:
+        """The drift given a context.
+
+        Args:
+            context: ``(*batch, context_dim)``, one for all times; with ``at`` one for each of
+                them, ``(*batch, num, context_dim)``. From one of these times up to the next, the
+                context of the next is used, and that of the last after it.
+            at: times of the contexts, ``(num,)`` or ``(*batch, num)``.
+        """
+        size = self.context_dim
+        if size == 0 or context.shape[-1:] != (size,):
+            raise ValueError(
+                f"`context` must end with size {size} (context_dim); got shape "
+                f"{tuple(context.shape)}."
+            )
+        return _BoundDrift(self, self.context_layer(context), at)
+
+    def embed(self, t: Tensor) -> Tensor:
+        if self.context_dim:
+            raise ValueError(
+                "`context` must be given to this drift, which has a context_dim. Call bind."
+            )
+        if self.time_dependent:
+            return self.bias + self.time_layer(t)
+        return self.bias.expand(*t.shape[:-1], -1)
+
+    def given(self, x: Tensor, time: Tensor) -> Tensor:
+        if not (self.time_dependent or self.context_dim):
+            time = self.bias
+        if x.dim() == 2 and time.dim() <= 2:
+            h = torch.addmm(time, x, self.first)
+        elif time.dim() == 1:
+            h = torch.addmm(time, x.reshape(-1, self.dim), self.first)
+            h = h.reshape(*x.shape[:-1], -1)
+        else:
+            h = x @ self.first + time
+        for layer in self.layers:
+            h = layer(self.activation(h))
+        return h
+
+
+class _BoundDrift(Drift):
+    """A drift network with the context's share of its first layer."""
+
+    def __init__(self, network: DriftMLP, shift: Tensor, at: Tensor | None) -> None:
+        super().__init__()
+        self.network = network
+        self.shift = shift
+        self.at = at
+
+    def embed(self, t: Tensor) -> Tensor:
+        network = self.network
+        bias = network.bias
+        if self.at is None:
+            shift, until = self.shift, torch.zeros_like(t)
+        else:
+            index, until = next_of(self.at, t)
+            shift = pick(self.shift, index)
+        if network.time_dependent:
+            return shift + (bias + network.time_layer(torch.cat([t, until], -1)))
+        both = torch.broadcast_shapes(shift.shape[:-1], t.shape[:-1])
+        return (shift + bias).expand(*both, -1)
+
+    def given(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.network.given(x, time)
+
+
+def next_of(at: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the first time after t (the last one if there is none), and how far it is.
+
+    Args:
+        at: increasing times, ``(num,)`` or ``(*batch, num)``.
+        t: times, ``(*times, *batch or ones, 1)``.
+
+    Shape:
+        index: ``(*times, *batch or ones)``; distance: ``(*times, *batch or ones, 1)``, at least 0.
+    """
+    with torch.no_grad():
+        at = at.to(t)
+        if at.dim() == 1:
+            index = torch.searchsorted(at, t.squeeze(-1).contiguous(), right=True)
+            index = index.clamp(max=len(at) - 1)
+            after = at[index].unsqueeze(-1)
+        else:
+            index = (at <= t).sum(-1).clamp(max=at.shape[-1] - 1)
+            spread = at.expand(*index.shape, -1)
+            after = torch.take_along_dim(spread, index.unsqueeze(-1), -1)
+    return index, (after - t).clamp(min=0)
+
+
+def pick(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows ``(*batch, num, size)`` at an index ``(*times, *batch or ones)`` of each item.
+
+    Shape:
+        result: ``(*times, *batch, size)``.
+    """
+    batch = rows.shape[:-2]
+    if index.dim() != len(batch) and index.numel() == (index.shape[0] if index.dim() else 1):
+        # One index for all items: whole slices are copied, and summed in the backward pass.
+        chosen = rows.movedim(-2, 0).index_select(0, index.reshape(-1))
+        lead = index.shape[: max(index.dim() - len(batch), 0)]
+        return chosen.reshape(*lead, *chosen.shape[1:])
+    index = index.expand(*index.shape[: index.dim() - len(batch)], *batch)
+    lead = index.shape[: index.dim() - len(batch)]
+    spread = rows.expand(*lead, *rows.shape)
+    return torch.take_along_dim(spread, index[..., None, None], -2).squeeze(-2)
