@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from flowvi.paths.diffusion import Diffusion, as_diffusion
 from flowvi.paths.process import ProcessFamily
 
-__all__ = ["Path", "PathPoint", "time_derivative", "with_time"]
+__all__ = ["Path", "PathPoint", "with_time"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,12 @@ class Path(nn.Module, ABC):
         point = self.point(self.noise_of(x, t, y), t, y)
         return point.velocity, point.score
 
+    def field_and_log_prob(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Velocity, score and log-density at any state."""
+        return *self.velocity_and_score(x, t, y), self.log_prob(x, t, y)
+
     def draw_noise(self, shape: torch.Size, like: Tensor | None = None) -> Tensor:
         """Standard normal noise ``(*shape, noise_dim)``, of dtype and device of ``like``."""
         like = self._like if like is None else like
@@ -140,16 +145,6 @@ class Path(nn.Module, ABC):
             return velocity
         half = self.diffusion(state, t).square() / 2
         return velocity + self.diffusion.divergence(state, t) + half * score
-
-
-def time_derivative(fn: Callable[[Tensor], Any], t: Tensor) -> tuple[Any, Any]:
-    """Values of ``fn(t)`` and their derivative for each element's own time, in one pass.
-
-    Args:
-        fn: maps times to a tensor or a tuple of tensors, row by row.
-        t: times, ``(*batch, 1)``.
-    """
-    return torch.func.jvp(fn, (t,), (torch.ones_like(t),))
 
 
 def with_time(y: Tensor, t: Tensor) -> Tensor:

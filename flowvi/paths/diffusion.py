@@ -95,7 +95,8 @@ class StateDiffusion(Diffusion):
             return self.b(x, t).square() / 2
 
         def along(direction: Tensor) -> Tensor:
-            return torch.func.jvp(half_square, (x,), (direction.expand_as(x),))[1]
+            tangent = direction.expand_as(x).contiguous()
+            return torch.func.jvp(half_square, (x.contiguous(),), (tangent,))[1]
 
         if self.elementwise:
             return along(torch.ones_like(x))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flowvi.paths.base import Path, PathPoint, time_derivative, with_time
+from flowvi.paths._derivative import time_derivative
+from flowvi.paths.base import Path, PathPoint, with_time
 from flowvi.paths.diffusion import Diffusion
 from flowvi.paths.gaussian import normal_log_prob
 

@@ -9,7 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from flowvi.paths.base import Path, PathPoint, time_derivative
+from flowvi.paths._derivative import time_derivative
+from flowvi.paths.base import Path, PathPoint
 from flowvi.paths.diffusion import Diffusion, TimeDiffusion
 from flowvi.paths.schedules import Schedule, ScheduleValues
 
@@ -75,6 +76,13 @@ class GaussianPath(Path):
     def log_prob(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         mean, scale = self.moments(t, y)
         return normal_log_prob(x, mean, scale)
+
+    def field_and_log_prob(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (mean, scale), (d_mean, d_scale) = time_derivative(lambda t: self.moments(t, y), t)
+        eps = (x - mean) / scale
+        return d_mean + d_scale * eps, -eps / scale, normal_log_prob(x, mean, scale)
 
 
 class ScheduleDiffusion(TimeDiffusion):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from flowvi.paths._derivative import time_derivative
 from flowvi.paths.base import Path, PathPoint
 from flowvi.paths.diffusion import Diffusion, TimeDiffusion
 from flowvi.paths.gaussian import normal_log_prob
@@ -52,7 +53,7 @@ class _ByForwardMode(InterpolantNoise):
         self.gamma = gamma
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(self.gamma, (t,), (torch.ones_like(t),))
+        return time_derivative(self.gamma, t)
 
 
 class StochasticInterpolant(Path):

@@ -83,18 +83,21 @@ class MixturePath(Path):
     def velocity_and_score(
         self, x: Tensor, t: Tensor, y: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        shares = self._joint_log_prob(x, t, y).softmax(-1)
-        velocity, score = 0.0, 0.0
-        for share, path in zip(shares.unsqueeze(-2).unbind(-1), self.paths, strict=True):
-            v, s = path.velocity_and_score(x, t, y)
-            velocity, score = velocity + share * v, score + share * s
-        return velocity, score
+        return self.field_and_log_prob(x, t, y)[:2]
+
+    def field_and_log_prob(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [p.field_and_log_prob(x, t, y) for p in self.paths]
+        joint = torch.stack([log_q for _, _, log_q in parts], -1) + self.log_weights.to(x)
+        shares = joint.softmax(-1).unsqueeze(-2).unbind(-1)
+        velocity = sum(share * v for share, (v, _, _) in zip(shares, parts, strict=True))
+        score = sum(share * s for share, (_, s, _) in zip(shares, parts, strict=True))
+        return velocity, score, joint.logsumexp(-1)
 
     def log_prob(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        return self._joint_log_prob(x, t, y).logsumexp(-1)
-
-    def _joint_log_prob(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        return torch.stack([p.log_prob(x, t, y) for p in self.paths], -1) + self.log_weights.to(x)
+        parts = torch.stack([p.log_prob(x, t, y) for p in self.paths], -1)
+        return (parts + self.log_weights.to(x)).logsumexp(-1)
 
 
 def _log_weights(weights: Sequence[float] | Tensor, number: int) -> Tensor:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flowvi.paths._derivative import time_derivative
+
 __all__ = [
     "AlphaSigma",
     "Linear",
@@ -129,7 +131,7 @@ class AlphaSigma(Schedule):
         def pair(t: Tensor) -> tuple[Tensor, Tensor]:
             return self.alpha(t), self.sigma(t)
 
-        values, rates = torch.func.jvp(pair, (t,), (torch.ones_like(t),))
+        values, rates = time_derivative(pair, t)
         return ScheduleValues(*values, *rates)
 
     def log_snr(self, t: Tensor) -> Tensor:

@@ -52,9 +52,9 @@ class TimeLaw(nn.Module, ABC):
         if not self.stratified or number < 2:
             return self.place(torch.rand(*shape, **kind))
         shift = torch.rand((), **kind)
-        even = (torch.arange(number, **kind) + shift) / number
-        # Rounding may reach 1 where the grid is fine.
-        return self.place(even.clamp(max=1 - torch.finfo(like.dtype).eps / 2).reshape(shape))
+        # Round the circle, so that no item keeps to a part of the interval.
+        even = (torch.arange(number, **kind) / number + shift).frac()
+        return self.place(even.reshape(shape))
 
 
 class UniformTimes(TimeLaw):
