@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowvi.infer._gaussian import DensityAndGrad, Gaussian, antithetic, average
+from flowvi.infer._gaussian import Gaussian, antithetic, average
+from flowvi.infer._searches import Search
 
 __all__ = ["batch_and_match", "shorten"]
 
 
 def batch_and_match(
-    density: DensityAndGrad,
     start: Gaussian,
     *,
     generator: torch.Generator,
     num_steps: int = 40,
     num_draws: int | None = None,
-) -> Gaussian:
+) -> Search[Gaussian]:
     r"""Move a Gaussian so that its score matches that of the target on its own draws.
 
     Step :math:`t` draws a batch from the current Gaussian and minimises the score divergence
@@ -30,7 +30,6 @@ def batch_and_match(
     half of the iterates: on eight schools it took KL from 0.32 to 0.43 over seeds to 0.26 to 0.27.
 
     Args:
-        density: guarded log-density and gradient of points ``(num_points, dim)``.
         start: the first Gaussian.
         generator: source of the draws.
         num_steps: number of steps.
@@ -46,7 +45,7 @@ def batch_and_match(
     here, still, visited = start, 0, [start]
     for step in range(num_steps):
         eps = antithetic(num_draws, dim, generator)
-        log_p, grad = density(here.at(eps))
+        log_p, grad = yield here.at(eps)
         usable = torch.isfinite(log_p)
         if int(usable.sum()) < max(2, num_draws // 2):
             continue

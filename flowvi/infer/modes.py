@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowvi.infer._gaussian import DensityAndGrad, Gaussian, antithetic, robust_cholesky
+from flowvi.infer._gaussian import Gaussian, antithetic, robust_cholesky
+from flowvi.infer._searches import Search
 from flowvi.infer.batch_and_match import batch_and_match
 from flowvi.infer.laplace import laplace
 from flowvi.infer.quasi_newton import Ascent, ascend
@@ -39,21 +40,19 @@ class Mode:
 
 
 def modes_are_separated(
-    density: DensityAndGrad,
     first: Gaussian,
     second: Gaussian,
     *,
     distance: float = _DISTANCE,
     dip: float = _DIP,
-) -> bool:
-    """Whether two summits are modes that one unimodal guide would miss or blur.
+) -> Search[bool]:
+    """Find out whether two summits are modes that one unimodal guide would miss or blur.
 
     They are if each is at least ``distance`` standard deviations from the other, by the Gaussian
     of either, and the log-density along the segment between them falls at least ``dip`` nats below
     the lower of the two. Two unit normals of equal weight 4 apart are; 3 apart they are not.
 
     Args:
-        density: guarded log-density and gradient of points ``(num_points, dim)``.
         first: Laplace approximation of one summit.
         second: Laplace approximation of the other.
         distance: least Mahalanobis distance.
@@ -63,12 +62,11 @@ def modes_are_separated(
     if apart < distance:
         return False
     t = torch.linspace(0.0, 1.0, 25, dtype=first.loc.dtype)[:, None]
-    log_p = density(first.loc + t * (second.loc - first.loc))[0]
+    log_p, _ = yield first.loc + t * (second.loc - first.loc)
     return bool(log_p.min() < torch.minimum(log_p[0], log_p[-1]) - dip)
 
 
 def find_modes(
-    density: DensityAndGrad,
     first: Ascent,
     *,
     generator: torch.Generator,
@@ -76,7 +74,7 @@ def find_modes(
     radii: tuple[float, float] = (0.5, 30.0),
     max_modes: int = 8,
     num_refinements: int = 20,
-) -> list[Mode]:
+) -> Search[list[Mode]]:
     """Search for separated modes, starting from the ends of a first ascent.
 
     The ends of ``first`` give one or several modes. A second ascent starts half of its points in
@@ -90,7 +88,6 @@ def find_modes(
     0.001 are dropped.
 
     Args:
-        density: guarded log-density and gradient of points ``(num_points, dim)``.
         first: an ascent from starts near the origin.
         generator: source of the random starts and draws.
         num_starts: number of starts of the second ascent; 0 takes the first ascent alone.
@@ -101,17 +98,16 @@ def find_modes(
     Returns:
         Modes by decreasing weight; empty if no start converged to a summit.
     """
-    summits = _collect(density, first, [], max_modes)
+    summits = yield from _collect(first, [], max_modes)
     if num_starts and summits:
-        wide = _wide_starts(density, summits[0][0], num_starts, radii, generator)
-        second = ascend(
-            density,
+        wide = yield from _wide_starts(summits[0][0], num_starts, radii, generator)
+        second = yield from ascend(
             wide,
             max_evaluations=50,
             max_snapshots=2,
             absorb=lambda z: _near_any(z, [summit for summit, _ in summits]),
         )
-        summits = _collect(density, second, summits, max_modes)
+        summits = yield from _collect(second, summits, max_modes)
     if not summits:
         return []
     gaussians = [summit for summit, _ in summits]
@@ -121,7 +117,7 @@ def find_modes(
     summits, log_mass = [summits[k] for k in keep], log_mass[keep]
     refined = [summit for summit, _ in summits]
     if len(summits) > 1:
-        refined, log_mass = _refine(density, refined, log_mass, generator, num_refinements)
+        refined, log_mass = yield from _refine(refined, log_mass, generator, num_refinements)
     weights = log_mass.softmax(0).tolist()
     modes = [
         Mode(gaussian.loc, gaussian.scale_tril, log_p, weight)
@@ -131,12 +127,11 @@ def find_modes(
 
 
 def _wide_starts(
-    density: DensityAndGrad,
     centre: Gaussian,
     num_starts: int,
     radii: tuple[float, float],
     generator: torch.Generator,
-) -> Tensor:
+) -> Search[Tensor]:
     """In each box, of ``_TRIES`` random points the one that the known mode explains least."""
     half = (num_starts + 1) // 2
     low, high = (torch.tensor(radius, dtype=torch.float64).log() for radius in radii)
@@ -150,7 +145,8 @@ def _wide_starts(
     inner = inner[:, None, None] * box[half // 2 :] @ centre.scale_tril.T
     tries = torch.cat([outer, centre.loc + inner, -outer, centre.loc - inner])[:num_starts]
     flat = tries.reshape(-1, dim)
-    unexplained = density(flat)[0] + 0.5 * centre.distance(flat) ** 2
+    log_p, _ = yield flat
+    unexplained = log_p + 0.5 * centre.distance(flat) ** 2
     chosen = unexplained.reshape(num_starts, _TRIES).argmax(-1)
     return tries[torch.arange(num_starts), chosen]
 
@@ -173,8 +169,8 @@ def _near_any(z: Tensor, gaussians: Sequence[Gaussian]) -> Tensor:
 
 
 def _collect(
-    density: DensityAndGrad, ascent: Ascent, known: list[tuple[Gaussian, float]], max_modes: int
-) -> list[tuple[Gaussian, float]]:
+    ascent: Ascent, known: list[tuple[Gaussian, float]], max_modes: int
+) -> Search[list[tuple[Gaussian, float]]]:
     """Known summits and the ends of an ascent that are separated from them, highest first."""
     found = list(known)
     for row in ascent.log_prob.argsort(descending=True).tolist():
@@ -188,33 +184,38 @@ def _collect(
             continue
         try:
             rough = Gaussian(ascent.loc[row], robust_cholesky(ascent.inverse_hessian[row]))
-            summit = laplace(density, rough, num_steps=3)
+            summit = yield from laplace(rough, num_steps=3)
         except RuntimeError:
             continue  # a Hessian without a decomposition is no summit
-        log_p = float(density(summit.loc[None])[0])
+        log_prob, _ = yield summit.loc[None]
+        log_p = float(log_prob)
         if not summit.is_finite or log_p == -torch.inf:
             continue
-        if all(modes_are_separated(density, other, summit) for other, _ in found):
+        for other, _ in found:
+            if not (yield from modes_are_separated(other, summit)):
+                break
+        else:
             found.append((summit, log_p))
     return sorted(found, key=lambda pair: -pair[1])
 
 
 def _refine(
-    density: DensityAndGrad,
     gaussians: list[Gaussian],
     log_mass: Tensor,
     generator: torch.Generator,
     num_steps: int,
-) -> tuple[list[Gaussian], Tensor]:
+) -> Search[tuple[list[Gaussian], Tensor]]:
     """Fit each piece of the density by batch-and-match; log masses from the pieces' ELBOs."""
     refined, masses = [], []
     eps = antithetic(256, len(gaussians[0].loc), generator)
     for k, gaussian in enumerate(gaussians):
-        piece = _piece(density, gaussians, log_mass, k)
-        fitted = batch_and_match(piece, gaussian, generator=generator, num_steps=num_steps)
+        fit = batch_and_match(gaussian, generator=generator, num_steps=num_steps)
+        fitted = yield from _in_piece(fit, gaussians, log_mass, k)
         options = []
         for option in (gaussian, fitted):
-            log_w = piece(option.at(eps))[0] - option.log_prob_of_noise(eps)
+            z = option.at(eps)
+            log_p, _ = _piece(z, (yield z), gaussians, log_mass, k)
+            log_w = log_p - option.log_prob_of_noise(eps)
             # A draw of density zero counts as a bad one, not as an infinitely bad one.
             options.append((float(log_w.clamp(min=float(log_w.max()) - 1e3).mean()), option))
         elbo, best = max(options, key=lambda pair: pair[0])
@@ -223,23 +224,36 @@ def _refine(
     return refined, torch.tensor(masses, dtype=torch.float64)
 
 
+def _in_piece(
+    search: Search, gaussians: list[Gaussian], log_mass: Tensor, k: int
+) -> Search[Gaussian]:
+    """A search of piece ``k`` as one of the whole density."""
+    answer = None
+    while True:
+        try:
+            z = search.send(answer)
+        except StopIteration as end:
+            return end.value
+        answer = _piece(z, (yield z), gaussians, log_mass, k)
+
+
 def _piece(
-    density: DensityAndGrad, gaussians: list[Gaussian], log_mass: Tensor, k: int
-) -> DensityAndGrad:
+    z: Tensor,
+    answer: tuple[Tensor, Tensor],
+    gaussians: list[Gaussian],
+    log_mass: Tensor,
+    k: int,
+) -> tuple[Tensor, Tensor]:
     """The density times the responsibility of component ``k``; the pieces sum to the density."""
-
-    def piece(z: Tensor) -> tuple[Tensor, Tensor]:
-        log_p, grad = density(z)
-        log_terms, grads = [], []
-        for gaussian, mass in zip(gaussians, log_mass, strict=True):
-            tril = gaussian.scale_tril
-            white = torch.linalg.solve_triangular(tril, (z - gaussian.loc).T, upper=False)
-            # The mass contains the log-determinant of the scale, which the density divides by.
-            log_terms.append(mass - gaussian.log_det - 0.5 * (white**2).sum(0))
-            grads.append(-torch.linalg.solve_triangular(tril.T, white, upper=True).T)
-        log_terms, grads = torch.stack(log_terms), torch.stack(grads)
-        share = log_terms.softmax(0)
-        log_p = log_p + log_terms.log_softmax(0)[k]
-        return log_p, grad + grads[k] - (share[:, :, None] * grads).sum(0)
-
-    return piece
+    log_p, grad = answer
+    log_terms, grads = [], []
+    for gaussian, mass in zip(gaussians, log_mass, strict=True):
+        tril = gaussian.scale_tril
+        white = torch.linalg.solve_triangular(tril, (z - gaussian.loc).T, upper=False)
+        # The mass contains the log-determinant of the scale, which the density divides by.
+        log_terms.append(mass - gaussian.log_det - 0.5 * (white**2).sum(0))
+        grads.append(-torch.linalg.solve_triangular(tril.T, white, upper=True).T)
+    log_terms, grads = torch.stack(log_terms), torch.stack(grads)
+    share = log_terms.softmax(0)
+    log_p = log_p + log_terms.log_softmax(0)[k]
+    return log_p, grad + grads[k] - (share[:, :, None] * grads).sum(0)

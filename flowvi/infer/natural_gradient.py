@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flowvi.infer._gaussian import DensityAndGrad, Gaussian, antithetic, average, lower_factor
+from flowvi.infer._gaussian import Gaussian, antithetic, average, lower_factor
+from flowvi.infer._searches import Search
 from flowvi.infer.batch_and_match import shorten
 
 __all__ = ["natural_gradient"]
@@ -14,14 +15,13 @@ _TRUST = 2.0  # a step at most doubles a standard deviation, or divides it by th
 
 
 def natural_gradient(
-    density: DensityAndGrad,
     start: Gaussian,
     *,
     generator: torch.Generator,
     num_steps: int = 40,
     num_draws: int | None = None,
     rate: float = 0.5,
-) -> Gaussian:
+) -> Search[Gaussian]:
     r"""Climb the ELBO of a full-rank Gaussian.
 
     In coordinates whitened by the current Gaussian the natural-gradient step of rate
@@ -37,7 +37,6 @@ def natural_gradient(
     ELBO where score matching does not (centred funnels).
 
     Args:
-        density: guarded log-density and gradient of points ``(num_points, dim)``.
         start: the first Gaussian.
         generator: source of the draws.
         num_steps: number of steps.
@@ -54,7 +53,7 @@ def natural_gradient(
     here, visited = start, [start]
     for step in range(num_steps):
         eps = antithetic(num_draws, dim, generator)
-        log_p, grad = density(here.at(eps))
+        log_p, grad = yield here.at(eps)
         usable = torch.isfinite(log_p)
         if int(usable.sum()) < max(dim + 2, num_draws // 2):
             continue

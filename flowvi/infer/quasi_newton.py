@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flowvi.infer._gaussian import DensityAndGrad
+from flowvi.infer._searches import Search
 
 __all__ = ["Ascent", "Snapshot", "ascend"]
 
@@ -49,7 +49,7 @@ class Ascent:
 
 
 @dataclass
-class _Search:
+class _LineSearch:
     """Line-search state of every start."""
 
     direction: Tensor
@@ -62,7 +62,6 @@ class _Search:
 
 
 def ascend(
-    density: DensityAndGrad,
     starts: Tensor,
     *,
     max_evaluations: int = 200,
@@ -70,7 +69,7 @@ def ascend(
     max_snapshots: int = 24,
     grace: float = 0.3,
     absorb: Callable[[Tensor], Tensor] | None = None,
-) -> Ascent:
+) -> Search[Ascent]:
     """Climb from every start with dense BFGS and Armijo backtracking.
 
     Each start is its own state machine: in one round every start that is still active tries one
@@ -79,7 +78,6 @@ def ascend(
     have ``grace`` times the rounds spent so far, plus 10, to finish.
 
     Args:
-        density: guarded log-density and gradient of points ``(num_points, dim)``.
         starts: first points, ``(num_starts, dim)``, float64.
         max_evaluations: number of rounds at most.
         tolerance: predicted gain, in nats, below which a start has converged.
@@ -92,7 +90,7 @@ def ascend(
     """
     num_starts, dim = starts.shape
     max_snapshots = max(2, min(max_snapshots, _MEMORY // (num_starts * dim * dim)))
-    log_prob, grad = density(starts)
+    log_prob, grad = yield starts
     eye = torch.eye(dim, dtype=starts.dtype)
     found = Ascent(
         loc=starts.clone(),
@@ -102,7 +100,7 @@ def ascend(
         converged=torch.zeros(num_starts, dtype=torch.bool),
         paths=[[] for _ in range(num_starts)],
     )
-    search = _Search(
+    search = _LineSearch(
         direction=grad.clone(),
         step=torch.ones_like(log_prob),
         cap=torch.ones_like(log_prob),
@@ -114,7 +112,7 @@ def ascend(
     _set_direction(found, search, torch.arange(num_starts), tolerance)
     deadline = max_evaluations
     while found.num_evaluations < deadline and bool(search.active.any()):
-        _round(density, found, search, tolerance, max_snapshots)
+        yield from _round(found, search, tolerance, max_snapshots)
         found.num_evaluations += 1
         if absorb is not None:
             search.active &= ~absorb(found.loc)
@@ -125,17 +123,13 @@ def ascend(
 
 
 def _round(
-    density: DensityAndGrad,
-    found: Ascent,
-    search: _Search,
-    tolerance: float,
-    max_snapshots: int,
-) -> None:
+    found: Ascent, search: _LineSearch, tolerance: float, max_snapshots: int
+) -> Search[None]:
     """One trial point for every active start; accepted or shortened."""
     rows = search.active.nonzero()[:, 0]
     move = search.step[rows, None] * search.direction[rows]
     trial = found.loc[rows] + move
-    log_prob, grad = density(trial)
+    log_prob, grad = yield trial
     old, slope = found.log_prob[rows], (found.grad[rows] * move).sum(-1)
     rounding = 8 * torch.finfo(torch.float64).eps * old.abs()
     gain = log_prob - old
@@ -158,7 +152,9 @@ def _round(
         _keep_snapshots(found, search, taken, max_snapshots)
 
 
-def _update(found: Ascent, search: _Search, rows: Tensor, move: Tensor, change: Tensor) -> None:
+def _update(
+    found: Ascent, search: _LineSearch, rows: Tensor, move: Tensor, change: Tensor
+) -> None:
     """BFGS update of the inverse of minus the Hessian; widened where the curvature is negative."""
     curvature = (move * change).sum(-1)
     positive = curvature > 1e-10 * move.norm(dim=-1) * change.norm(dim=-1)
@@ -182,7 +178,7 @@ def _update(found: Ascent, search: _Search, rows: Tensor, move: Tensor, change: 
     search.num_updates[rows] += 1
 
 
-def _set_direction(found: Ascent, search: _Search, rows: Tensor, tolerance: float) -> None:
+def _set_direction(found: Ascent, search: _LineSearch, rows: Tensor, tolerance: float) -> None:
     """Next direction of the given starts, and whether they are done."""
     grad = found.grad[rows]
     direction = (found.inverse_hessian[rows] @ grad[:, :, None])[:, :, 0]
@@ -201,7 +197,7 @@ def _set_direction(found: Ascent, search: _Search, rows: Tensor, tolerance: floa
     search.active[rows] &= ~(done | lost)
 
 
-def _give_up_or_reset(found: Ascent, search: _Search, rows: Tensor, tolerance: float) -> None:
+def _give_up_or_reset(found: Ascent, search: _LineSearch, rows: Tensor, tolerance: float) -> None:
     """A start whose step has vanished restarts from the identity once, then stops."""
     stuck = rows[search.step[rows] < 1e-9]
     if not len(stuck):
@@ -218,7 +214,7 @@ def _give_up_or_reset(found: Ascent, search: _Search, rows: Tensor, tolerance: f
     _set_direction(found, search, again, tolerance)
 
 
-def _keep_snapshots(found: Ascent, search: _Search, rows: Tensor, most: int) -> None:
+def _keep_snapshots(found: Ascent, search: _LineSearch, rows: Tensor, most: int) -> None:
     """Keep every ``stride``-th iterate, doubling the stride whenever the list is full."""
     for row in rows.tolist():
         search.counts[row] += 1

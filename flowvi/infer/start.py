@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowvi.infer._gaussian import Gaussian, antithetic, robust_cholesky
+from flowvi.infer._searches import Search, together
 from flowvi.infer.batch_and_match import batch_and_match
 from flowvi.infer.laplace import laplace
 from flowvi.infer.modes import Mode, find_modes
@@ -159,19 +160,19 @@ def warm_start(
     generator = torch.Generator().manual_seed(seed)
     host = _Host(target)
     difference = 1e-3 if target.dtype == torch.float64 else 3e-2
-    ascent = ascend(host.density, _finite_starts(host, num_starts, radius, generator))
+    starts = _finite_starts(host, num_starts, radius, generator)
+    (ascent,) = together(host.density, ascend(starts))
     candidates = _candidates(host, ascent, difference)
     eps = antithetic(32, target.dim, generator)
     best, _ = choose(host.log_density, [g for _, g in candidates], eps)
     eps = antithetic(num_draws, target.dim, generator)
-    source, gaussian, log_w = _improve(
-        host, candidates[best], eps, generator, num_matches, num_climbs
-    )
-    modes = []
+    searches = [_improve(host, candidates[best], eps, generator, num_matches, num_climbs)]
     if num_mode_starts:
-        modes = find_modes(
-            host.density, ascent, generator=generator, num_starts=num_mode_starts
-        ) or [Mode(gaussian.loc, gaussian.scale_tril, float("nan"), 1.0)]
+        other = torch.Generator().manual_seed(seed + 1)
+        searches.append(find_modes(ascent, generator=other, num_starts=num_mode_starts))
+    (source, gaussian, log_w), *modes = together(host.density, *searches)
+    if num_mode_starts:
+        modes = modes[0] or [Mode(gaussian.loc, gaussian.scale_tril, float("nan"), 1.0)]
     return Start(
         loc=gaussian.loc.to(target.device, target.dtype),
         scale_tril=gaussian.scale_tril.to(target.device, target.dtype),
@@ -199,7 +200,7 @@ def _candidates(host: _Host, ascent: Ascent, difference: float) -> list[tuple[st
     candidates += [("pathfinder", gaussian) for gaussian in path_gaussians(ascent)]
     try:
         rough = Gaussian(ascent.loc[best], robust_cholesky(ascent.inverse_hessian[best]))
-        fitted = laplace(host.density, rough, difference=difference)
+        (fitted,) = together(host.density, laplace(rough, difference=difference))
         candidates.append(("laplace", fitted))
     except RuntimeError:
         pass  # no eigendecomposition: the paths remain
@@ -213,13 +214,13 @@ def _improve(
     generator: torch.Generator,
     num_matches: int,
     num_climbs: int,
-) -> tuple[str, Gaussian, Tensor]:
+) -> Search[tuple[str, Gaussian, Tensor]]:
     """Batch-and-match, then natural gradients until they gain little; the best and its weights."""
     (name, here), log_w = first, elbos(host.log_density, [first[1]], eps)[0]
     stages = [("batch and match", batch_and_match, num_matches)]
     stages += [("natural gradient", natural_gradient, num_climbs)] * _ROUNDS
     for stage_name, stage, num_steps in stages:
-        there = stage(host.density, here, generator=generator, num_steps=num_steps)
+        there = yield from stage(here, generator=generator, num_steps=num_steps)
         if not there.is_finite:
             continue
         new_log_w = elbos(host.log_density, [there], eps)[0]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowvi.infer._gaussian import Gaussian, antithetic, lower_factor, robust_cholesky
+from flowvi.infer._searches import together
 from flowvi.infer.batch_and_match import batch_and_match
 from flowvi.infer.laplace import laplace
 from flowvi.infer.natural_gradient import natural_gradient
@@ -210,9 +211,8 @@ def test_ascend_finds_the_minimum_of_rosenbrock() -> None:
         value = -(100 * (z[:, 1] - z[:, 0] ** 2) ** 2 + (1 - z[:, 0]) ** 2)
         return value.detach(), torch.autograd.grad(value.sum(), z)[0]
 
-    ascent = ascend(
-        density, torch.tensor([[-1.2, 1.0], [0.0, 0.0], [2.0, 2.0]]), tolerance=1e-12, grace=9
-    )
+    starts = torch.tensor([[-1.2, 1.0], [0.0, 0.0], [2.0, 2.0]])
+    (ascent,) = together(density, ascend(starts, tolerance=1e-12, grace=9))
     assert ascent.converged.all()
     torch.testing.assert_close(ascent.loc, torch.ones(3, 2), rtol=0, atol=1e-5)
     hessian = torch.tensor([[802.0, -400.0], [-400.0, 200.0]])
@@ -229,7 +229,7 @@ def test_ascend_survives_an_unbounded_density_and_bad_starts() -> None:
         return log_p.masked_fill(bad, -torch.inf), grad.masked_fill(bad[:, None], 0.0)
 
     starts = torch.tensor([[0.0, 1.0], [1e4, 0.0]])
-    ascent = ascend(density, starts, max_evaluations=40)
+    (ascent,) = together(density, ascend(starts, max_evaluations=40))
     assert torch.isfinite(ascent.loc).all()
     assert ascent.log_prob[0] > 1.0
     assert ascent.log_prob[1] == -torch.inf
@@ -238,7 +238,8 @@ def test_ascend_survives_an_unbounded_density_and_bad_starts() -> None:
 def test_laplace_is_exact_for_a_badly_scaled_gaussian() -> None:
     covariance, loc = ill_conditioned(5, 1e8, 0), torch.randn(5)
     scale = torch.diag(covariance.diagonal().sqrt() * 3)
-    found = laplace(gaussian_density(loc, covariance), Gaussian(loc + 1.0, scale))
+    density = gaussian_density(loc, covariance)
+    (found,) = together(density, laplace(Gaussian(loc + 1.0, scale)))
     assert whitened_error(found, loc, covariance) < 1e-5
 
 
@@ -247,7 +248,8 @@ def test_gaussian_refiners_are_exact_for_a_gaussian(method: object) -> None:
     covariance, loc = ill_conditioned(5, 1e4, 1), torch.randn(5)
     start = Gaussian(torch.zeros(5), torch.eye(5))
     generator = torch.Generator().manual_seed(0)
-    found = method(gaussian_density(loc, covariance), start, generator=generator, num_steps=60)
+    search = method(start, generator=generator, num_steps=60)
+    (found,) = together(gaussian_density(loc, covariance), search)
     assert whitened_error(found, loc, covariance) < 1e-3
 
 
@@ -267,7 +269,8 @@ def test_one_batch_and_match_step_solves_its_optimality_condition() -> None:
         return seen["log_p"], seen["g"]
 
     generator = torch.Generator().manual_seed(0)
-    found = batch_and_match(density, start, generator=generator, num_steps=1, num_draws=num_draws)
+    search = batch_and_match(start, generator=generator, num_steps=1, num_draws=num_draws)
+    (found,) = together(density, search)
     lam, z, g = float(num_draws), seen["z"], seen["g"]
     ratio = lam / (1 + lam)
     z_mean, g_mean = z.mean(0), g.mean(0)
@@ -286,7 +289,8 @@ def test_refiners_keep_their_start_when_nothing_is_finite() -> None:
 
     start = Gaussian(torch.ones(2), torch.eye(2))
     for method in (batch_and_match, natural_gradient):
-        found = method(density, start, generator=torch.Generator().manual_seed(0))
+        search = method(start, generator=torch.Generator().manual_seed(0))
+        (found,) = together(density, search)
         torch.testing.assert_close(found.loc, start.loc)
         torch.testing.assert_close(found.scale_tril, start.scale_tril)
 
