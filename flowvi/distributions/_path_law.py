@@ -88,7 +88,7 @@ class PathLaw(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    _remembered: tuple[Tensor, Tensor] | None = None
+    _remembered: tuple | None = None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_remembered": None}

@@ -104,24 +104,25 @@ class PathPosterior(PathLaw):
         return self._replace(_path_gradient=True)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        start = self.unpack(value).start
+        start, law = self.unpack(value).start, self.start
         if self._remembered is not None and self._remembered[0] is value:
-            start = self._remembered[1]
+            # A flow scores in one pass only the very tensor that this very object has drawn.
+            _, start, law = self._remembered
         if self._path_gradient:
-            log_q = with_value_gradient_only(self._score_start, start, 1)
+            log_q = with_value_gradient_only(lambda x: self._score(x, law), start, 1)
         else:
-            log_q = self._score_start(start)
+            log_q = self._score(start, law)
         return log_q.expand(common_shape(log_q.shape, self.batch_shape))
 
-    def _score_start(self, start: Tensor) -> Tensor:
-        if self.start is not None:
-            return self.start.log_prob(start)
+    def _score(self, start: Tensor, law: Distribution | None) -> Tensor:
+        if law is not None:
+            return law.log_prob(start)
         t = start.new_full((*start.shape[:-1], 1), self.times.low)
         return self.path.log_prob(start, t, self.y)
 
     def _draw(self, sample_shape: torch.Size) -> Tensor:
         shape = sample_shape + self.batch_shape
-        start, y, like = self._draw_start(sample_shape)
+        start, law, y, like = self._draw_start(sample_shape)
         t, weight = self._random_times(shape, like)
         point = self.path.point(self.path.draw_noise(t.shape[:-1], like), t, y)
         state = point.state
@@ -135,23 +136,24 @@ class PathPosterior(PathLaw):
         value = self.layout.pack(PathDraw(start, *parts))
         if self._validate_args:
             require_finite(value, "path", "states and drifts")
-        # A start that is a flow scores in one pass only the very tensor it has drawn.
-        self._remembered = (value, start)
+        self._remembered = (value, start, law)
         return value
 
-    def _draw_start(self, sample_shape: torch.Size) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Start, what the path is conditioned on, and a tensor that shows dtype and device."""
+    def _draw_start(
+        self, sample_shape: torch.Size
+    ) -> tuple[Tensor, Distribution | None, Tensor | None, Tensor]:
+        """Start, its own law, what the path is conditioned on, and a tensor of the wanted kind."""
         shape = sample_shape + self.batch_shape
         if self.start is None:
             like = self.path._like if self.y is None else self.y
             like = like if like.is_floating_point() else self.path._like.to(like.device)
             eps = self.path.draw_noise(shape, like)
             t = eps.new_full((*shape, 1), self.times.low)
-            return self.path.transform(eps, t, self.y), self.y, eps
+            return self.path.transform(eps, t, self.y), None, self.y, eps
         law = self.start.expand(self.batch_shape)
         start = law.rsample(sample_shape) if law.has_rsample else law.sample(sample_shape)
         ends = torch.cat([start, self.y.expand(start.shape)], -1)
-        return start, ends, start
+        return start, law, ends, start
 
 
 def _check_start(path: Path, y: Tensor | None, start: Distribution | None) -> None:
