@@ -112,7 +112,7 @@ def test_norm_takes_the_probe_of_the_divergence():
     noise = flow.divergence.draw(x)
     torch.manual_seed(3)
     (norm,) = penalties(flow, x, JacobianNorm())
-    torch.testing.assert_close(norm, (noise @ flow.field.matrix.T).square().sum(1))
+    torch.testing.assert_close(norm, (noise @ flow.field.matrix).square().sum(1))
 
 
 def test_potential_of_optimal_transport_has_no_residual():
