@@ -16,7 +16,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 
 from flowvi.distributions import PathLayout, PathPosterior, PathPrior
 from flowvi.flows import iaf
-from flowvi.objectives import ELBO, STL
+from flowvi.objectives import ELBO, IWAE, STL
 from flowvi.paths import (
     BrownianBridge,
     DensityTimes,
@@ -369,11 +369,12 @@ def _network(net, x, t):
     return net(with_time(x, t))
 
 
-def test_multi_sample_bounds_can_see_what_it_is():
+def test_bounds_that_exponentiate_weights_refuse_it_by_name():
     q, p = laws()
-    assert q.is_log_ratio_estimate
-    assert p.is_log_ratio_estimate
     assert q.expand((3,)).is_log_ratio_estimate
+    assert p.is_log_ratio_estimate
+    with pytest.raises(NotImplementedError, match="IWAE exponentiates.*`z`.*SDEPath"):
+        IWAE(4).loss(model_of(p), guide_of(q), 3)
 
 
 def prior(**changes):

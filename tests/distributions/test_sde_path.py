@@ -12,7 +12,7 @@ from path_cases import OrnsteinUhlenbeck, divergence
 from pyro.infer import Predictive, Trace_ELBO
 
 from flowvi.distributions import SDEPath
-from flowvi.objectives import ELBO, STL
+from flowvi.objectives import ELBO, IWAE, STL
 from flowvi.paths import StateDiffusion
 
 P = OrnsteinUhlenbeck(rate=0.5, shift=0.0, noise=0.7, mean=0.0, sd=1.0)
@@ -224,6 +224,27 @@ def test_more_particles_close_the_gap_of_a_wrong_posterior():
     assert bounds[-1] < kalman() + 3 * errors[-1]
     assert kalman() - bounds[0] > 0.5
     assert kalman() - bounds[-1] < 0.02
+
+
+def test_objectives_that_exponentiate_weights_take_grid_paths():
+    """IWAE of K = 2 and 32 between the ELBO and the exact evidence, as sites of a model."""
+    prior = SDEPath(TIMES, lambda x, t: -RATE * x, NOISE, _normal(0.0, 0.8))
+    posterior = prior.with_drift(lambda x, t: 0.5 - x, _normal(0.2, 0.6))
+
+    def model():
+        x = pyro.sample("x", prior)
+        pyro.sample("y", dist.Normal(x[..., SEEN, 0], ERROR).to_event(1), obs=torch.tensor(Y))
+
+    def guide():
+        pyro.sample("x", posterior)
+
+    values = []
+    for bound in (ELBO(32), IWAE(2), IWAE(32)):
+        draws = -torch.tensor([bound.loss(model, guide) for _ in range(300)])
+        values.append((float(draws.mean()), float(draws.std() / 300**0.5)))
+    assert values[0][0] + 3 * values[1][1] < values[1][0]
+    assert values[1][0] + 3 * values[2][1] < values[2][0]
+    assert values[2][0] < kalman() + 3 * values[2][1]
 
 
 @pytest.mark.parametrize(
