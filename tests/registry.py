@@ -18,6 +18,7 @@ from flowvi.guides import (
     AutoMixtureFlow,
     AutoPlateFlow,
 )
+from flowvi.nn import ConcatSquashField, GatedField, MLPField, PotentialField, VectorField
 from flowvi.objectives import (
     CUBO,
     ELBO,
@@ -60,14 +61,17 @@ from flowvi.paths import (
 )
 from flowvi.samplers import EulerMaruyama, Milstein, StochasticHeun
 from flowvi.transforms import (
+    RK4,
     ActNorm,
     Additive,
     Affine,
     Autoregressive,
     Compose,
+    Continuous,
     Coupling,
     DormandPrince,
     ElementwiseTransform,
+    ExactDivergence,
     FlowTransform,
     Householder,
     HouseholderSylvester,
@@ -110,6 +114,8 @@ class Case:
         no_gradient: names of parameters that are without effect by construction.
         float32: whether the float32 round trip is promised (spline and affine maps).
         bound: whether a guide's log_q is a bound, not the log-density of its draws.
+        scale: standard deviation of drawn parameters; below 1 where errors of a fixed number of
+            steps would be above the tests' tolerances.
     """
 
     make: Callable[[], Any]
@@ -119,6 +125,7 @@ class Case:
     no_gradient: tuple[str, ...] = ()
     float32: bool = False
     bound: bool = False
+    scale: float = 1.0
 
 
 SMALL = {"hidden_dims": (8, 8)}
@@ -150,6 +157,10 @@ def _composed(context_dim: int = 0) -> Compose:
 
 def _user_map(context_dim: int = 0) -> Compose:
     return Compose([Planar(2, context_dim), LULinear(2)])
+
+
+def _continuous(field: VectorField, **options: object) -> Continuous:
+    return Continuous(field, solver=DormandPrince(20), **options)
 
 
 TRANSFORMS: dict[str, Case] = {
@@ -280,6 +291,21 @@ TRANSFORMS: dict[str, Case] = {
     "numerical inverse": Case(lambda: NumericalInverse(_user_map()), 2),
     "numerical inverse, 1-D": Case(lambda: NumericalInverse(Radial(1)), 1),
     "numerical inverse, context": Case(lambda: NumericalInverse(_user_map(2)), 2, 2),
+    # Continuous flows.
+    "continuous": Case(lambda: _continuous(MLPField(3, (4, 4))), 3, scale=0.2),
+    "continuous, 1-D": Case(
+        lambda: _continuous(MLPField(1, (4,)), divergence=ExactDivergence()), 1, scale=0.2
+    ),
+    "continuous, potential": Case(lambda: _continuous(PotentialField(3, 4)), 3, scale=0.2),
+    "continuous, context": Case(
+        lambda: Continuous(ConcatSquashField(3, (4,), 2), solver=RK4(40, checkpointed=True)),
+        3,
+        2,
+        scale=0.2,
+    ),
+    "continuous, context, low rank": Case(
+        lambda: _continuous(GatedField(3, (4,), 2, low_rank=1, hyper_dims=(4,))), 3, 2, scale=0.2
+    ),
     # Built from others.
     "compose": Case(lambda: _composed(), 3, float32=True),
     "compose, context": Case(lambda: _composed(2), 3, 2, float32=True),
@@ -416,6 +442,7 @@ PATHS: dict[str, Case] = {
         2,
     ),
     "flow": Case(_flow_path, 2, 2),
+    "flow, cheap forward only": Case(lambda: _flow_path(flows.iaf), 2, 2),
     "gaussian": Case(lambda: GaussianPath(2, _mean, _scale, 0.5), 2, 2),
     "gaussian, state": Case(lambda: GaussianPath(2, _mean, _scale, _state_diffusion()), 2, 2),
     "interpolant": Case(

@@ -84,8 +84,11 @@ class Dynamics(abc.ABC):
     """The right-hand side of one solve.
 
     A state is a tuple of tensors that the rates depend on; integrands are functions of the state
-    that are integrated along.
+    that are integrated along. ``can_recompute`` is false where ``torch.func`` is used inside in a
+    way that forbids checkpoints.
     """
+
+    can_recompute = True
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -152,13 +155,10 @@ class ScoreDynamics(Dynamics):
 
     .. math:: \frac{ds}{dt} = -J^T s - \nabla_x \operatorname{div} v
 
-    Only ``x`` carries a graph: neither the score nor the divergence is differentiated further.
+    The score carries no graph.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        with torch.no_grad():
-            self.constant = self.field.prepare(problem.context)
+    can_recompute = False
 
     def rates(self, instant: Instant, state: State) -> State:
         return self.rates_and_integrands(instant, state)[0]
@@ -167,15 +167,17 @@ class ScoreDynamics(Dynamics):
         self, instant: Instant, state: State
     ) -> tuple[State, tuple[Tensor, ...]]:
         x, score = state
-        velocity = self.field.velocity(instant.embedded, x, self.prepared)
-        check_velocity(self.field, velocity, x)
-        with torch.no_grad():
-            (_, divergence), pull = torch.func.vjp(
-                lambda x: self.problem.divergence.velocity_and_divergence(
-                    self.field, instant.embedded.detach(), x, self.constant, self.problem.probe
-                ),
-                x.detach(),
+        problem = self.problem
+
+        def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+            velocity, divergence = problem.divergence.velocity_and_divergence(
+                self.field, instant.embedded, x, self.prepared, problem.probe
             )
+            check_velocity(self.field, velocity, x)
+            return velocity, divergence
+
+        (velocity, divergence), pull = torch.func.vjp(outputs, x)
+        with torch.no_grad():
             (pulled,) = pull((score, torch.ones_like(divergence)))
         return (velocity, -pulled), (divergence,)
 

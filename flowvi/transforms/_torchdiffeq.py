@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
 __all__ = [
@@ -118,6 +117,9 @@ def solve_adaptively(
         TooManyEvaluationsError: if more evaluations than allowed are needed.
         NotSolvedError: if no step is short enough.
     """
+    # Imported here, as it imports scipy, which changes the warning filters.
+    import torchdiffeq
+
     controlled = _Controlled(function, blocks, tolerance)
     flat = torch.cat([block.start.reshape(-1) for block in blocks])
     ends = torch.tensor([start, end], dtype=flat.dtype, device=flat.device)

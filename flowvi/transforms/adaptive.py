@@ -86,6 +86,10 @@ class Adaptive(Solver):
         return replace(self, rtol=self.rtol / 30, atol=self.atol / 30, max_nfe=5 * self.max_nfe)
 
     @property
+    def recomputes(self) -> bool:
+        return self.adjoint
+
+    @property
     def tolerance(self) -> Tolerance:
         return Tolerance(self.method.value, self.rtol, self.atol, self.max_nfe)
 

@@ -152,7 +152,7 @@ class Continuous(FlowTransform):
 
     @property
     def has_score_recursion(self) -> bool:
-        return not self.active_solver.adjoint
+        return not self.active_solver.recomputes
 
     def call_with_integrals(
         self, x: Tensor, terms: Sequence[Term], context: Tensor | None = None

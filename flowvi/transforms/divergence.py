@@ -84,6 +84,8 @@ class ExactDivergence(Divergence):
             )
             return value, (change * axis).sum(-1)
 
+        if x.shape[-1] == 1:
+            return along(torch.ones_like(x))
         axes = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
         velocity, diagonal = torch.func.vmap(along, out_dims=(None, 0))(axes)
         return velocity, diagonal.sum(0)

@@ -44,7 +44,10 @@ class Solution:
 class Solver(abc.ABC):
     """Takes a state from one time to another and integrates along."""
 
-    adjoint = False
+    @property
+    def recomputes(self) -> bool:
+        """Whether gradients need a second solve, through which no score can be carried."""
+        return False
 
     @abc.abstractmethod
     def solve(self, dynamics: Dynamics, state: State, start: float, end: float) -> Solution:
@@ -65,7 +68,7 @@ class FixedStep(Solver):
     No step looks at the numbers, so nothing waits for a device, every solve costs the same, and
     gradients are exactly those of the discrete map. With ``checkpointed`` memory grows like the
     square root of the number of steps, for one more forward solve during the backward pass; it
-    has no effect inside ``torch.func`` transforms.
+    has no effect inside ``torch.func`` transforms and on solves that carry a score.
 
     Subclasses give ``nodes`` (c), ``rows`` (a), ``weights`` (b) and ``order``.
 
@@ -89,13 +92,19 @@ class FixedStep(Solver):
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f"`num_steps` must be a positive integer; got {self.num_steps!r}.")
 
+    @property
+    def recomputes(self) -> bool:
+        return self.checkpointed
+
     def refined(self) -> FixedStep:
         return type(self)(2 * self.num_steps, self.checkpointed)
 
     def solve(self, dynamics: Dynamics, state: State, start: float, end: float) -> Solution:
-        num_steps = max(1, math.ceil(self.num_steps * abs(end - start) - 1e-9))
-        h = (end - start) / num_steps
         x = state[0]
+        num_steps = max(1, math.ceil(self.num_steps * abs(end - start) - 1e-9))
+        # On the meta device only shapes count, and every step has the same.
+        num_steps = 1 if x.is_meta else num_steps
+        h = (end - start) / num_steps
         steps = torch.arange(num_steps, dtype=x.dtype, device=x.device)
         times = torch.stack([start + h * (steps + c) for c in self.nodes], 1)
         instants = dynamics.instants(times.flatten())
@@ -111,7 +120,12 @@ class FixedStep(Solver):
     def _segment(
         self, dynamics: Dynamics, instants: list[Instant], state: State, h: float
     ) -> tuple[State, tuple[Tensor, ...]]:
-        if self.checkpointed and torch.is_grad_enabled() and _hooks_allowed():
+        if (
+            self.checkpointed
+            and dynamics.can_recompute
+            and torch.is_grad_enabled()
+            and _hooks_allowed()
+        ):
             return checkpoint(
                 self._run,
                 dynamics,

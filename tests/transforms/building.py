@@ -22,7 +22,7 @@ def build(name: str, drawn: bool, scale: float = 1.0) -> tuple[Case, FlowTransfo
     if drawn:
         with torch.no_grad():
             for parameter in transform.parameters():
-                parameter.normal_().mul_(scale)
+                parameter.normal_().mul_(scale * case.scale)
     return case, transform
 
 

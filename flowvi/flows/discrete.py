@@ -1,26 +1,17 @@
-"""Recipes: flows named as in the literature, ready as prior, likelihood or guide.
-
-Every recipe stacks a body that starts at, or very near, the identity and ends in a trainable
-affine map with location and full lower-triangular scale, so a new flow is a standard normal. One
-dimension works and is not affine. With ``context_dim`` every layer, the affine one included,
-depends on a context. Random masks come from a generator of their own, so two flows of the same
-arguments have the same masks; weights come from torch's generator.
-"""
+"""Recipes of flows made of discrete layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 
 from flowvi.distributions import Flow
+from flowvi.flows._sizes import Sizes
 from flowvi.transforms import (
     ActNorm,
     Additive,
     Affine,
-    Autoregressive,
-    Coupling,
     ElementwiseMap,
     FlowTransform,
     LULinear,
@@ -28,8 +19,6 @@ from flowvi.transforms import (
     Planar,
     Radial,
     RationalQuadratic,
-    TriangularAffine,
-    compose,
 )
 
 __all__ = [
@@ -43,8 +32,6 @@ __all__ = [
     "realnvp",
     "sylvester",
 ]
-
-_MASK_SEED = 20
 
 
 def nice(
@@ -70,7 +57,7 @@ def nice(
         Dinh, Krueger and Bengio (2015), NICE: non-linear independent components estimation,
         arXiv:1410.8516, section 3.2.
     """
-    sizes = _Sizes(input_dim, context_dim, num_layers, hidden_dims)
+    sizes = Sizes(input_dim, context_dim, num_layers, hidden_dims)
     return sizes.finish(sizes.couplings(Additive(), activation))
 
 
@@ -100,11 +87,12 @@ def realnvp(
         arXiv:1605.08803, section 3.
 
     Example:
+        >>> import torch
         >>> flow = realnvp(3, context_dim=2)
         >>> flow(torch.zeros(7, 2)).sample().shape
         torch.Size([7, 3])
     """
-    sizes = _Sizes(input_dim, context_dim, num_layers, hidden_dims)
+    sizes = Sizes(input_dim, context_dim, num_layers, hidden_dims)
     return sizes.finish(sizes.couplings(Affine(bound), activation))
 
 
@@ -134,7 +122,7 @@ def glow(
         Kingma and Dhariwal (2018), Glow: generative flow with invertible 1x1 convolutions,
         arXiv:1807.03039, section 3.
     """
-    sizes = _Sizes(input_dim, context_dim, num_layers, hidden_dims)
+    sizes = Sizes(input_dim, context_dim, num_layers, hidden_dims)
     layers: list[FlowTransform] = []
     for coupling in sizes.couplings(Affine(bound), activation):
         layers += [ActNorm(input_dim), LULinear(input_dim, context_dim), coupling]
@@ -168,7 +156,7 @@ def nsf(
         Durkan, Bekasov, Murray and Papamakarios (2019), Neural spline flows, arXiv:1906.04032,
         section 3, RQ-NSF (C).
     """
-    sizes = _Sizes(input_dim, context_dim, num_layers, hidden_dims)
+    sizes = Sizes(input_dim, context_dim, num_layers, hidden_dims)
     return sizes.finish(sizes.couplings(RationalQuadratic(num_bins, bound), activation))
 
 
@@ -196,7 +184,7 @@ def iaf(
         Kingma et al. (2016), Improving variational inference with inverse autoregressive flow,
         arXiv:1606.04934, section 3.
     """
-    sizes = _Sizes(input_dim, context_dim, num_layers, hidden_dims)
+    sizes = Sizes(input_dim, context_dim, num_layers, hidden_dims)
     return sizes.finish(sizes.autoregressions(elementwise, activation))
 
 
@@ -226,7 +214,7 @@ def maf(
         Papamakarios, Pavlakou and Murray (2017), Masked autoregressive flow for density
         estimation, arXiv:1705.07057, section 3.
     """
-    sizes = _Sizes(input_dim, context_dim, num_layers, hidden_dims)
+    sizes = Sizes(input_dim, context_dim, num_layers, hidden_dims)
     return sizes.finish([t.inv for t in sizes.autoregressions(elementwise, activation)])
 
 
@@ -249,7 +237,7 @@ def planar(
         Rezende and Mohamed (2015), Variational inference with normalizing flows,
         arXiv:1505.05770, section 4.1.
     """
-    sizes = _Sizes(input_dim, context_dim, num_layers, hidden_dims)
+    sizes = Sizes(input_dim, context_dim, num_layers, hidden_dims)
     return sizes.finish(
         [Planar(input_dim, context_dim, hidden_dims=hidden_dims) for _ in range(num_layers)]
     )
@@ -274,7 +262,7 @@ def radial(
         Rezende and Mohamed (2015), Variational inference with normalizing flows,
         arXiv:1505.05770, section 4.1.
     """
-    sizes = _Sizes(input_dim, context_dim, num_layers, hidden_dims)
+    sizes = Sizes(input_dim, context_dim, num_layers, hidden_dims)
     return sizes.finish(
         [Radial(input_dim, context_dim, hidden_dims=hidden_dims) for _ in range(num_layers)]
     )
@@ -302,7 +290,7 @@ def sylvester(
         van den Berg, Hasenclever, Tomczak and Welling (2018), Sylvester normalizing flows for
         variational inference, arXiv:1803.05649, section 3.
     """
-    sizes = _Sizes(input_dim, context_dim, num_layers, hidden_dims)
+    sizes = Sizes(input_dim, context_dim, num_layers, hidden_dims)
     width = min(8, input_dim) if bottleneck_dim is None else bottleneck_dim
     return sizes.finish(
         [
@@ -310,79 +298,3 @@ def sylvester(
             for _ in range(num_layers)
         ]
     )
-
-
-class _Sizes:
-    """Checked arguments that all recipes share, and the layers made from them."""
-
-    def __init__(
-        self, input_dim: int, context_dim: int, num_layers: int, hidden_dims: Sequence[int]
-    ) -> None:
-        for name, value, least in (
-            ("input_dim", input_dim, 1),
-            ("context_dim", context_dim, 0),
-            ("num_layers", num_layers, 1),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"`{name}` must be an integer of at least {least}; got {value!r}."
-                )
-        if isinstance(hidden_dims, int) or any(
-            not isinstance(width, int) or width < 1 for width in hidden_dims
-        ):
-            raise ValueError(
-                f"`hidden_dims` must be a sequence of positive integers; got {hidden_dims!r}."
-            )
-        self.input_dim = input_dim
-        self.context_dim = context_dim
-        self.num_layers = num_layers
-        self.hidden_dims = tuple(hidden_dims)
-
-    def couplings(
-        self, elementwise: ElementwiseMap, activation: Callable[[], nn.Module]
-    ) -> list[FlowTransform]:
-        return [
-            Coupling(
-                self.input_dim,
-                elementwise,
-                mask=mask,
-                context_dim=self.context_dim,
-                hidden_dims=self.hidden_dims,
-                activation=activation,
-            )
-            for mask in self._masks()
-        ]
-
-    def autoregressions(
-        self, elementwise: ElementwiseMap | None, activation: Callable[[], nn.Module]
-    ) -> list[FlowTransform]:
-        natural = range(self.input_dim)
-        return [
-            Autoregressive(
-                self.input_dim,
-                elementwise,
-                order=natural[::-1] if layer % 2 else natural,
-                context_dim=self.context_dim,
-                hidden_dims=self.hidden_dims,
-                activation=activation,
-            )
-            for layer in range(self.num_layers)
-        ]
-
-    def finish(self, body: Sequence[FlowTransform]) -> Flow:
-        """The body followed by the affine layer that carries location and scale."""
-        hidden = self.hidden_dims if self.context_dim else ()
-        head = TriangularAffine(self.input_dim, self.context_dim, hidden_dims=hidden)
-        return Flow(compose(*body, head))
-
-    def _masks(self) -> list[torch.Tensor]:
-        """Random halves, each followed by its complement."""
-        generator = torch.Generator().manual_seed(_MASK_SEED)
-        masks: list[torch.Tensor] = []
-        for layer in range(self.num_layers):
-            if layer % 2:
-                masks.append(~masks[-1])
-            else:
-                order = torch.randperm(self.input_dim, generator=generator, device="cpu")
-                masks.append(order >= self.input_dim // 2)
-        return masks
