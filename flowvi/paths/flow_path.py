@@ -25,8 +25,9 @@ class FlowPath(Path):
     .. math:: x_t = T(\epsilon \mid c(y, t)), \qquad v = \partial_t T, \qquad
         s = \nabla_x \log q(x \mid c(y, t))
 
-    The velocity is one forward-mode pass; the score is the gradient of the flow's log-density,
-    which needs the inverse pass.
+    The velocity is one forward-mode pass. The score is the gradient of the flow's log-density,
+    which needs the inverse pass; where only the forward direction is cheap (IAF), it is solved
+    for with the forward Jacobian, at ``input_dim`` backward passes.
 
     Args:
         transform: map from noise to state, with ``context_dim`` at least 1 and an inverse.
@@ -71,13 +72,14 @@ class FlowPath(Path):
         super().__init__(transform.input_dim, diffusion)
         self.map = transform
         self.context = context
+        self._forward_only = transform.cheap.name == "FORWARD"
 
     def transform(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         return self.map.call_and_ladj(eps, self._context(y, t))[0]
 
     def point(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> PathPoint:
         state, velocity = time_derivative(lambda t: self.transform(eps, t, y), t)
-        score = self._score(state, t, y)
+        score = self._forward_score(eps, t, y) if self._forward_only else self._score(state, t, y)
         return PathPoint(state, velocity, score, self._drift(state, t, velocity, score))
 
     def noise_of(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -99,3 +101,16 @@ class FlowPath(Path):
             x = x if x.requires_grad and keep else x.detach().requires_grad_()
             log_q = self.log_prob(x, t, y).sum()
             return torch.autograd.grad(log_q, x, create_graph=keep)[0]
+
+    def _forward_score(self, eps: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """Score of ``T(eps)``: with J the Jacobian, its transpose maps it to that of eps."""
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            eps = eps if eps.requires_grad and keep else eps.detach().requires_grad_()
+            x, ladj = self.map.call_and_ladj(eps, self._context(y, t))
+            log_q = -eps.square().sum() / 2 - ladj.sum()
+            *rows, right = (
+                torch.autograd.grad(out, eps, create_graph=keep, retain_graph=True)[0]
+                for out in (*x.reshape(-1, x.shape[-1]).sum(0).unbind(), log_q)
+            )
+            return torch.linalg.solve(torch.stack(rows, -1), right.unsqueeze(-1)).squeeze(-1)
