@@ -126,7 +126,8 @@ class _BoundDrift(Drift):
             index, until = next_of(self.at, t)
             shift = pick(self.shift, index)
         if network.time_dependent:
-            return shift + (bias + network.time_layer(torch.cat([t, until], -1)))
+            both = torch.cat([t.expand_as(until), until], -1)
+            return shift + (bias + network.time_layer(both))
         both = torch.broadcast_shapes(shift.shape[:-1], t.shape[:-1])
         return (shift + bias).expand(*both, -1)
 
@@ -145,7 +146,7 @@ def next_of(at: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         index: ``(*times, *batch or ones)``; distance: ``(*times, *batch or ones, 1)``, at least 0.
     """
     with torch.no_grad():
-        at = at.to(t)
+        at = at.to(t).contiguous()
         if at.dim() == 1:
             index = torch.searchsorted(at, t.squeeze(-1).contiguous(), right=True)
             index = index.clamp(max=len(at) - 1)

@@ -100,26 +100,28 @@ class ConvolutionalEncoder(SeriesEncoder):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be odd and positive; got {kernel_size}.")
         self.context_dim = context_dim
-        layers: list[nn.Module] = []
-        for depth in range(num_layers):
-            layers += [
-                nn.Conv1d(
-                    hidden_dim if depth else data_dim + 2,
-                    hidden_dim,
-                    kernel_size,
-                    padding="same",
-                    dilation=2**depth,
-                ),
-                nn.Softplus(),
-            ]
-        self.network = nn.Sequential(*layers)
+        self.layers = nn.ModuleList(
+            nn.Conv1d(
+                hidden_dim if depth else data_dim + 2,
+                hidden_dim,
+                kernel_size,
+                padding="same",
+                dilation=2**depth,
+            )
+            for depth in range(num_layers)
+        )
         self.output = nn.Linear(hidden_dim, context_dim)
 
     def forward(self, data: Tensor, times: Tensor, mask: Tensor | None = None) -> Tensor:
         rows = with_gaps(data, times, mask)
-        flat = rows.reshape(-1, *rows.shape[-2:]).transpose(-1, -2)
-        hidden = self.network(flat).transpose(-1, -2)
-        return self.output(hidden).reshape(*rows.shape[:-1], self.context_dim)
+        hidden = rows.reshape(-1, *rows.shape[-2:]).transpose(-1, -2)
+        there = None if mask is None else mask.reshape(-1, 1, mask.shape[-1]).to(rows.dtype)
+        for layer in self.layers:
+            hidden = nn.functional.softplus(layer(hidden))
+            # What lies outside a series is zero in every layer, as beyond its ends.
+            hidden = hidden if there is None else hidden * there
+        context = self.output(hidden.transpose(-1, -2))
+        return context.reshape(*rows.shape[:-1], self.context_dim)
 
 
 class FirstFramesEncoder(SeriesEncoder):
