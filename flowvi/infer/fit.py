@@ -137,6 +137,11 @@ def fit(
         objective, notes = settle_objective(objective, traces, target, model, guide, args, kwargs)
         if num_steps is None:
             num_steps = _NUM_STEPS_SUBSAMPLED if is_subsampled(traces[0]) else _NUM_STEPS
+        if num_steps < objective.settled_from < math.inf:
+            notes.append(
+                f"The schedules of the objective last {objective.settled_from} steps and the run "
+                f"{num_steps}: what was trained is still annealed."
+            )
         optim = GlobalOptim(lr, clip_norm=clip_norm, schedule=Schedule(num_steps))
         run = Run(
             FlowSVI(model, guide, optim, objective),
