@@ -388,11 +388,11 @@ def test_resumed_run_is_bit_equal(tmp_path):
         if step == 23:
             raise Killed
 
-    whole = fit(ladder, AutoPlateFlow(ladder), x, seed=1, **options)
+    whole = fit(ladder, AutoNormal(ladder), x, seed=1, **options)
     path = tmp_path / "run.pt"
     with pytest.raises(Killed):
-        fit(ladder, AutoPlateFlow(ladder), x, seed=1, checkpoint=path, callback=kill, **options)
-    resumed = fit(ladder, AutoPlateFlow(ladder), x, seed=9, checkpoint=path, **options)
+        fit(ladder, AutoNormal(ladder), x, seed=1, checkpoint=path, callback=kill, **options)
+    resumed = fit(ladder, AutoNormal(ladder), x, seed=9, checkpoint=path, **options)
     assert int(objective.step) == 0
     assert torch.equal(whole.losses, resumed.losses)
     assert whole.history.keys() == resumed.history.keys()
@@ -404,14 +404,23 @@ def test_resumed_run_is_bit_equal(tmp_path):
 
 def test_fit_does_not_stop_before_the_schedule_ends():
     x = torch.randn(3)
-    options = {"num_steps": 300, "start": False, "progress_bar": False, "seed": 0}
-    objective = BetaELBO(2, beta=LinearSchedule(120))
+    options = {"num_steps": 240, "start": False, "progress_bar": False, "seed": 0}
+    objective = BetaELBO(2, beta=LinearSchedule(80))
     result = fit(ladder, AutoNormal(ladder), x, objective=objective, tolerance=10.0, **options)
-    assert 200 <= result.num_steps < 300
+    assert 140 <= result.num_steps < 240
     assert "plateau" in result.stop_reason
     never = BetaELBO(2, beta=lambda step: 1.0)
     result = fit(ladder, AutoNormal(ladder), x, objective=never, tolerance=10.0, **options)
-    assert result.num_steps == 300
+    assert result.num_steps == 240
+    assert not result.notes
+
+
+def test_fit_says_that_it_ended_before_the_schedule():
+    x = torch.randn(3)
+    objective = BetaELBO(2, beta=LinearSchedule(120))
+    options = {"num_steps": 5, "start": False, "progress_bar": False, "seed": 0}
+    result = fit(ladder, AutoNormal(ladder), x, objective=objective, **options)
+    assert "schedules of the objective last 120 steps and the run 5" in result.notes[-1]
 
 
 @pytest.mark.parametrize(
