@@ -11,7 +11,7 @@ from pyro.distributions.util import detach
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from flowvi.transforms.base import FlowTransform, common_shape, compose
+from flowvi.transforms.base import Direction, FlowTransform, common_shape, compose
 
 __all__ = ["Flow", "FlowDistribution", "StandardNormal"]
 
@@ -228,7 +228,7 @@ class FlowDistribution(TorchDistribution):
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Draw values and their log-density (nats) in one pass."""
         x, log_q = self._draw_base(torch.Size(sample_shape))
-        if self._path and self.transform.has_score_recursion:
+        if self._path and self._recursion_pays():
             y, ladj, score = self.transform.call_ladj_and_score(
                 x, self._base_score(x), self.context
             )
@@ -262,6 +262,10 @@ class FlowDistribution(TorchDistribution):
         context = None if self.context is None else self.context.detach()
         x, ladj = torch.func.functional_call(module, frozen, (value, context))
         return self._fill_batch(_log_prob_stopped(self.base, x) + ladj)
+
+    def _recursion_pays(self) -> bool:
+        """Whether the score comes cheaper with the draw than by an inverse pass afterwards."""
+        return self.transform.has_score_recursion and self.transform.cheap != Direction.INVERSE
 
     def _replace(self, **changes: object) -> FlowDistribution:
         fields = {

@@ -34,11 +34,12 @@ Layers = Sequence[tuple[Tensor, Tensor]]
 Starts = Sequence[Sequence[int]]
 
 
-def block_rows(starts: Starts) -> list[Tensor]:
+def block_rows(starts: Starts) -> list[tuple[Tensor, Tensor]]:
     """Row numbers of every block of variables in the variables and each hidden level.
 
     Shape:
-        each: ``(num_blocks, most rows of a block)``, filled up with ``-1``.
+        each: ``(num_blocks, most rows of a block)``, filled up with ``0``, and a mask of what is
+        not filled up, with one more dimension.
     """
     dim = len(starts[0]) - 1
     ends = [(i, min(i + _BLOCK, dim)) for i in range(0, dim, _BLOCK)]
@@ -46,7 +47,12 @@ def block_rows(starts: Starts) -> list[Tensor]:
     for start in starts[:-1]:
         rows = [list(range(start[begin], start[end])) for begin, end in ends]
         width = max(map(len, rows))
-        levels.append(torch.tensor([r + [-1] * (width - len(r)) for r in rows]))
+        levels.append(
+            (
+                torch.tensor([r + [0] * (width - len(r)) for r in rows]),
+                torch.tensor([[[i < len(r)] for i in range(width)] for r in rows]),
+            )
+        )
     return levels
 
 
@@ -55,7 +61,7 @@ def solve_adjoint(
     grad_theta: Tensor,
     layers: Layers,
     starts: Starts,
-    blocks: Sequence[Tensor],
+    blocks: Sequence[tuple[Tensor, Tensor]],
     activation_slopes: Sequence[Tensor],
     map_slopes: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
@@ -78,6 +84,9 @@ def solve_adjoint(
     u, taken = solve_transposed(
         grad_x + source, layers, starts, blocks, activation_slopes, map_slopes
     )
+    columns = [weight.t() for weight, _ in layers]
+    # The first block's hidden units once more, now with its own parameters.
+    _push(columns, taken, activation_slopes, [start[: _BLOCK + 1] for start in starts])
     return u, [s.sub(t) for s, t in zip(sources, taken, strict=True)]
 
 
@@ -95,7 +104,7 @@ def solve_transposed(
     w: Tensor,
     layers: Layers,
     starts: Starts,
-    blocks: Sequence[Tensor],
+    blocks: Sequence[tuple[Tensor, Tensor]],
     activation_slopes: Sequence[Tensor],
     map_slopes: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
@@ -111,7 +120,8 @@ def solve_transposed(
 
     Returns:
         ``u``, ``(D, N)``, and the gradients of what levels 1 and up take in, for the gradient
-        ``f_theta u`` of theta, which is the last one.
+        ``f_theta u`` of theta, which is the last one. Those of hidden units of the first block are
+        not complete: no variable is left to solve for that would need them.
     """
     slope_theta = map_slopes[1]
     diagonal = _diagonal_blocks(layers, blocks, activation_slopes, map_slopes)
@@ -137,7 +147,6 @@ def solve_transposed(
         theta = grads[-1][starts[-1][begin] : starts[-1][end]].unflatten(0, (end - begin, -1))
         torch.mul(slope_theta[begin:end], own[:, None], out=theta)
         stop = end
-    _push(columns, grads, activation_slopes, [start[: stop + 1] for start in starts])
     return u, grads
 
 
@@ -157,7 +166,7 @@ def _push(
 
 def _diagonal_blocks(
     layers: Layers,
-    blocks: Sequence[Tensor],
+    blocks: Sequence[tuple[Tensor, Tensor]],
     activation_slopes: Sequence[Tensor],
     map_slopes: tuple[Tensor, Tensor],
 ) -> Tensor:
@@ -166,7 +175,7 @@ def _diagonal_blocks(
     Rows that fill up a last, shorter block come after its own, which do not depend on them.
     """
     slope_x, slope_theta = map_slopes
-    rows = [level.clamp(min=0) for level in blocks]
+    rows = [level for level, _ in blocks]
     own, num_params = rows[0], slope_theta.shape[1]
     # Advanced indices around a slice give (block, variable, unit of the level below, parameter).
     weight = layers[-1][0].unflatten(0, (-1, num_params))
@@ -174,8 +183,7 @@ def _diagonal_blocks(
     # (block, unit, variable, N): the product then runs over all variables of a block at once.
     grad = (weight @ slope_theta[own]).transpose(1, 2)
     for level in range(len(blocks) - 1, 0, -1):
-        slope = activation_slopes[level - 1][rows[level]]
-        slope = torch.where((blocks[level] >= 0)[..., None], slope, 0.0)
+        slope = torch.where(blocks[level][1], activation_slopes[level - 1][rows[level]], 0.0)
         weight = layers[level - 1][0][rows[level][:, :, None], rows[level - 1][:, None]]
         grad = (grad * slope[:, :, None]).flatten(2)
         grad = (weight.mT @ grad).unflatten(2, (own.shape[1], -1))

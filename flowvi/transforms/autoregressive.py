@@ -84,8 +84,9 @@ class Autoregressive(FlowTransform):
         )
         self._starts = self.network.starts
         self._num_levels = len(self._starts) - 1
-        for level, rows in enumerate(block_rows(self._starts)):
+        for level, (rows, filled) in enumerate(block_rows(self._starts)):
             self.register_buffer(f"_block_rows_{level}", rows, persistent=False)
+            self.register_buffer(f"_block_mask_{level}", filled, persistent=False)
 
     def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.input_dim == 1:
@@ -147,8 +148,12 @@ class Autoregressive(FlowTransform):
         return network.unsort(pushed, 0).t().reshape(*batch, self.input_dim)
 
     @property
-    def _blocks(self) -> list[Tensor]:
-        return [getattr(self, f"_block_rows_{level}") for level in range(self._num_levels)]
+    def _blocks(self) -> list[tuple[Tensor, Tensor]]:
+        own = self._buffers
+        return [
+            (own[f"_block_rows_{level}"], own[f"_block_mask_{level}"])
+            for level in range(self._num_levels)
+        ]
 
     def _inverse_by_steps(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Inverse that computes each hidden unit once, when it becomes known."""
