@@ -11,8 +11,12 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = {
+    "cnf_density": ["cnf_density.py"],
+    "cnf_posteriors": ["cnf_posteriors.py"],
     "posteriors": ["posteriors.py", "--problems", "eight_schools", "funnel", "--workers", "1"],
 }
+# What each prints in its table.
+PRINTED = {"cnf_density": "integral", "cnf_posteriors": "Pareto k", "posteriors": "Pareto k"}
 
 
 def test_every_script_is_listed():
@@ -34,4 +38,4 @@ def test_example_runs(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert list(tmp_path.glob("*.png")), done.stdout
-    assert "Pareto k" in done.stdout
+    assert PRINTED[name] in done.stdout
