@@ -156,4 +156,4 @@ class PotentialField(VectorField):
 
 def _log_cosh(z: Tensor) -> Tensor:
     """The function log(2 cosh z), whose derivative is tanh."""
-    return z + F.softplus(-2 * z)
+    return z - F.logsigmoid(2 * z)
