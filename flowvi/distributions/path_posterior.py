@@ -122,15 +122,10 @@ class PathPosterior(PathLaw):
 
     def _draw(self, sample_shape: torch.Size) -> Tensor:
         shape = sample_shape + self.batch_shape
-        start, law, y, like = self._draw_start(sample_shape)
-        t, weight = self._random_times(shape, like)
-        point = self.path.point(self.path.draw_noise(t.shape[:-1], like), t, y)
-        state = point.state
-        at = self._observation_times(shape, like)
-        observed = self.path.transform(self.path.draw_noise(at.shape[:-1], like), at, y)
-        over_times = (
-            t, weight, state, point.drift, self.path.diffusion(state, t).expand_as(state), observed
-        )  # fmt: skip
+        start, law, y, observed = self._draw_fixed(sample_shape, shape)
+        t, weight = self._random_times(shape, start)
+        point = self.path.point(self.path.draw_noise(t.shape[:-1], start), t, y)
+        over_times = (t, weight, point.state, point.drift, point.diffusion, observed)
         target = (point.data, point.noise) if self.path.has_target else ()
         parts = [p.movedim(0, -2) for p in (*over_times, *target)]
         value = self.layout.pack(PathDraw(start, *parts))
@@ -139,21 +134,30 @@ class PathPosterior(PathLaw):
         self._remembered = (value, start, law)
         return value
 
-    def _draw_start(
-        self, sample_shape: torch.Size
+    def _draw_fixed(
+        self, sample_shape: torch.Size, shape: torch.Size
     ) -> tuple[Tensor, Distribution | None, Tensor | None, Tensor]:
-        """Start, its own law, what the path is conditioned on, and a tensor of the wanted kind."""
-        shape = sample_shape + self.batch_shape
+        """Start, its own law, what the path is conditioned on, and states at observations."""
         if self.start is None:
-            like = self.path._like if self.y is None else self.y
-            like = like if like.is_floating_point() else self.path._like.to(like.device)
-            eps = self.path.draw_noise(shape, like)
-            t = eps.new_full((*shape, 1), self.times.low)
-            return self.path.transform(eps, t, self.y), None, self.y, eps
+            like = self._kind()
+            first = like.new_full((1, *shape, 1), self.times.low)
+            times = torch.cat([first, self._observation_times(shape, like)])
+            eps = self.path.draw_noise(times.shape[:-1], like)
+            states = self.path.transform(eps, times, self.y)
+            return states[0], None, self.y, states[1:]
         law = self.start.expand(self.batch_shape)
         start = law.rsample(sample_shape) if law.has_rsample else law.sample(sample_shape)
         ends = torch.cat([start, self.y.expand(start.shape)], -1)
-        return start, law, ends, start
+        times = self._observation_times(shape, start)
+        eps = self.path.draw_noise(times.shape[:-1], start)
+        return start, law, ends, self.path.transform(eps, times, ends)
+
+    def _kind(self) -> Tensor:
+        """A tensor of the dtype and device of what is drawn."""
+        own = self.path._like
+        if self.y is None:
+            return own
+        return self.y if self.y.is_floating_point() else own.to(self.y.device)
 
 
 def _check_start(path: Path, y: Tensor | None, start: Distribution | None) -> None:

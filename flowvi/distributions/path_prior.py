@@ -132,7 +132,9 @@ class PathPrior(PathLaw):
     def _half_square(self, draw: PathDraw) -> Tensor:
         """Half of |f - g|^2 by coordinate; relative to drift zero for a bridge."""
         if isinstance(self.drift, PredictedDrift):
-            gap = self.drift.difference(draw.state, draw.time, draw.data, draw.noise)
+            gap = self.drift.difference(
+                draw.state, draw.time, draw.data, draw.noise, draw.diffusion
+            )
         else:
             f = self.drift(draw.state, draw.time)
             if self.path.is_reference_bridge:

@@ -26,6 +26,7 @@ class PathPoint:
             density (no noise).
         drift: of the process with the path's marginals and its diffusion b,
             velocity + grad(b^2/2) + (b^2/2) score.
+        diffusion: b at the state.
         data: what a prediction of the data must equal for the prior's drift to equal ``drift``;
             ``None`` for paths without a schedule.
         noise: the same for a prediction of the noise.
@@ -38,6 +39,7 @@ class PathPoint:
     velocity: Tensor
     score: Tensor | None
     drift: Tensor
+    diffusion: Tensor
     data: Tensor | None = None
     noise: Tensor | None = None
 
@@ -140,11 +142,15 @@ class Path(nn.Module, ABC):
         """All processes with the marginals given ``y``."""
         return ProcessFamily(lambda x, t: self.velocity_and_score(x, t, y), self.diffusion)
 
-    def _drift(self, state: Tensor, t: Tensor, velocity: Tensor, score: Tensor | None) -> Tensor:
-        if score is None:
-            return velocity
-        half = self.diffusion(state, t).square() / 2
-        return velocity + self.diffusion.divergence(state, t) + half * score
+    def _complete(
+        self, state: Tensor, t: Tensor, velocity: Tensor, score: Tensor | None
+    ) -> PathPoint:
+        """Point with the diffusion and the drift that follow from velocity and score."""
+        b = self.diffusion(state, t)
+        drift = velocity
+        if score is not None:
+            drift = velocity + self.diffusion.divergence(state, t) + b.square() / 2 * score
+        return PathPoint(state, velocity, score, drift, b.expand_as(state))
 
 
 def with_time(y: Tensor, t: Tensor) -> Tensor:

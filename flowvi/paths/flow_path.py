@@ -80,7 +80,7 @@ class FlowPath(Path):
     def point(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> PathPoint:
         state, velocity = time_derivative(lambda t: self.transform(eps, t, y), t)
         score = self._forward_score(eps, t, y) if self._forward_only else self._score(state, t, y)
-        return PathPoint(state, velocity, score, self._drift(state, t, velocity, score))
+        return self._complete(state, t, velocity, score)
 
     def noise_of(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         return self.map.inverse_and_ladj(x, self._context(y, t))[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Real
 
 import torch
@@ -67,7 +68,7 @@ class GaussianPath(Path):
     def point(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> PathPoint:
         (mean, scale), (d_mean, d_scale) = time_derivative(lambda t: self.moments(t, y), t)
         state, velocity, score = mean + scale * eps, d_mean + d_scale * eps, -eps / scale
-        return PathPoint(state, velocity, score, self._drift(state, t, velocity, score))
+        return self._complete(state, t, velocity, score)
 
     def noise_of(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         mean, scale = self.moments(t, y)
@@ -193,10 +194,9 @@ class DiffusionPath(Path):
         velocity = values.d_alpha * code + values.d_sigma * eps
         if rate is not None:
             velocity = velocity + values.alpha * rate
-        score = -eps / values.sigma
-        drift = self._drift(state, t, velocity, score)
-        data, noise = self._target(values, t, code, rate, eps)
-        return PathPoint(state, velocity, score, drift, data.expand_as(state), noise)
+        point = self._complete(state, t, velocity, -eps / values.sigma)
+        data, noise = _target(values, point.diffusion, code, rate, eps)
+        return replace(point, data=data.expand_as(state), noise=noise)
 
     def noise_of(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         mean, scale = self.moments(t, y)
@@ -222,20 +222,21 @@ class DiffusionPath(Path):
             return y, None
         return time_derivative(lambda t: self.encoder(y, t), t)
 
-    def _target(
-        self, values: ScheduleValues, t: Tensor, code: Tensor, rate: Tensor | None, eps: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Data and noise at which the prior's formula for the drift gives the posterior's.
 
-        That formula is ``alpha' d + (sigma' - b^2 / (2 sigma)) n`` with ``alpha d + sigma n`` the
-        state. The extra velocity ``alpha F'`` is made up by moving d at a fixed state.
-        """
-        if rate is None:
-            return code, eps
-        # Per unit of d: alpha L' / 2 + alpha b^2 / (2 sigma^2).
-        growth = values.d_log_snr + (self.diffusion.at(t) / values.sigma).square()
-        shift = 2 * rate / growth
-        return code + shift, eps - values.alpha / values.sigma * shift
+def _target(
+    values: ScheduleValues, b: Tensor, code: Tensor, rate: Tensor | None, eps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Data and noise at which the prior's formula for the drift gives the posterior's.
+
+    That formula is ``alpha' d + (sigma' - b^2 / (2 sigma)) n`` with ``alpha d + sigma n`` the
+    state. The extra velocity ``alpha F'`` is made up by moving d at a fixed state.
+    """
+    if rate is None:
+        return code, eps
+    # Per unit of d: alpha L' / 2 + alpha b^2 / (2 sigma^2).
+    growth = values.d_log_snr + (b / values.sigma).square()
+    shift = 2 * rate / growth
+    return code + shift, eps - values.alpha / values.sigma * shift
 
 
 def normal_log_prob(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class StochasticInterpolant(Path):
         if self.gamma is not None:
             gamma, rate = self.gamma(t)
             state, velocity, score = state + gamma * eps, velocity + rate * eps, -eps / gamma
-        return PathPoint(state, velocity, score, self._drift(state, t, velocity, score))
+        return self._complete(state, t, velocity, score)
 
     def noise_of(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         mean, scale = self._moments(t, y)
@@ -179,9 +179,10 @@ class BrownianBridge(StochasticInterpolant):
         gamma, rate = self.gamma(t)
         line = end - start
         # Velocity plus score term; written out, the two singular parts cancel at t = 0.
-        drift = line - self.diffusion.at(t) * torch.sqrt(t / (1 - t)) * eps
+        b = self.diffusion.at(t)
+        drift = line - b * torch.sqrt(t / (1 - t)) * eps
         state = (1 - t) * start + t * end + gamma * eps
-        return PathPoint(state, line + rate * eps, -eps / gamma, drift)
+        return PathPoint(state, line + rate * eps, -eps / gamma, drift, b.expand_as(state))
 
     def reference_log_prob(self, start: Tensor, end: Tensor) -> Tensor:
         """Log-density of the end under the untied process, ``(*batch,)``, in nats."""

@@ -78,7 +78,7 @@ class MixturePath(Path):
     def point(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> PathPoint:
         state = self.transform(eps, t, y)
         velocity, score = self.velocity_and_score(state, t, y)
-        return PathPoint(state, velocity, score, self._drift(state, t, velocity, score))
+        return self._complete(state, t, velocity, score)
 
     def velocity_and_score(
         self, x: Tensor, t: Tensor, y: Tensor | None = None

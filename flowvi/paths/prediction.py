@@ -163,17 +163,27 @@ class PredictedDrift(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         values = self.path.schedule(t)
         data, noise = split(self.network(x, t), self.prediction, x, values)
-        return values.d_alpha * data + self._noise_rate(values, x, t) * noise
+        return values.d_alpha * data + _noise_rate(values, self.path.diffusion(x, t)) * noise
 
-    def difference(self, x: Tensor, t: Tensor, data: Tensor, noise: Tensor) -> Tensor:
-        """F - g, for a posterior drift g that is this drift at the given data and noise."""
+    def difference(self, x: Tensor, t: Tensor, data: Tensor, noise: Tensor, b: Tensor) -> Tensor:
+        """F - g, for a posterior drift g that is this drift at the given data and noise.
+
+        Args:
+            x: states, ``(*batch, dim)``.
+            t: times, ``(*batch, 1)``.
+            data: what a prediction of the data must equal for f = g, like ``x``.
+            noise: the same for a prediction of the noise.
+            b: the diffusion there.
+        """
         values = self.path.schedule(t)
         c_data, c_noise = self.prediction.row(values)
         gap = self.network(x, t) - (c_data * data + c_noise * noise)
         # The state is common to both, so only the second row of the 2x2 system differs.
         det = values.alpha * c_noise - values.sigma * c_data
-        rate = values.alpha * self._noise_rate(values, x, t) - values.sigma * values.d_alpha
+        rate = values.alpha * _noise_rate(values, b) - values.sigma * values.d_alpha
         return rate / det * gap
 
-    def _noise_rate(self, values: ScheduleValues, x: Tensor, t: Tensor) -> Tensor:
-        return values.d_sigma - self.path.diffusion(x, t).square() / (2 * values.sigma)
+
+def _noise_rate(values: ScheduleValues, b: Tensor) -> Tensor:
+    """Coefficient of the noise in the drift."""
+    return values.d_sigma - b.square() / (2 * values.sigma)

@@ -495,3 +495,18 @@ def test_a_start_without_reparameterised_draws():
     assert q.sample().shape == (3, q.layout.size)
     with pytest.raises(NotImplementedError, match="`start` has no reparameterised draw"):
         q.rsample()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_loss_and_backward_on_a_gpu():
+    net = torch.nn.Linear(3, 2).cuda()
+    path = DiffusionPath(2, LinearLogSNR(-3.0, 3.0), partial(_network, net)).cuda()
+    start = dist.Normal(torch.zeros(2).cuda(), 1.0).to_event(1)
+    shared = {"times": DensityTimes(lambda t: 1 + t).cuda(), "at": (0.5, 1.0), "num_times": 2}
+    q = PathPosterior(path, torch.randn(4, 2).cuda(), **shared)
+    p = PathPrior(path, PredictedDrift(path, partial(_network, net)), start, **shared)
+    z = q.rsample()
+    (q.log_prob(z) - p.log_prob(z)).sum().backward()
+    assert net.weight.grad.is_cuda
+    assert p.sample((3,)).is_cuda

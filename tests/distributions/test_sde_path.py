@@ -380,3 +380,15 @@ def test_without_validation_a_nan_still_reaches_the_average():
     path = make(drift=lambda x, t: torch.nan * x, validate_args=False)
     assert path.log_prob(torch.ones(5, 1)).isnan()
     assert path.sample().isnan().any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_loss_and_backward_on_a_gpu():
+    times, mask = (a.cuda() for a in irregular())
+    rate = torch.nn.Parameter(torch.tensor(0.5).cuda())
+    start = dist.Normal(torch.zeros(1).cuda(), 1.0).to_event(1)
+    prior = SDEPath(times, lambda x, t: -rate * x, 0.5, start, mask=mask)
+    x = prior.with_drift(lambda x, t: rate - x).rsample()
+    prior.log_prob(x).sum().backward()
+    assert rate.grad.is_cuda

@@ -67,6 +67,9 @@ def test_shapes_with_leading_times_and_particles(name):
         assert part.isfinite().all()
     assert (point.data is not None) == path.has_target
     torch.testing.assert_close(path.transform(eps, t, y), point.state)
+    torch.testing.assert_close(path.family(y).drift(point.state, t), point.drift)
+    b = path.diffusion(point.state, t)
+    torch.testing.assert_close(b.expand_as(point.state), point.diffusion)
     assert path.log_prob(point.state, t, y).shape == (4, 5, 3)
     assert path.sample(t, y).shape == (4, 5, 3, path.dim)
     # Rows know nothing of each other.
@@ -132,8 +135,7 @@ def test_marginals_obey_the_fokker_planck_equation(name):
         return path.log_prob(x, t, y).exp()
 
     def flux(x):
-        velocity, score = path.velocity_and_score(x, t, y)
-        return path._drift(x, t, velocity, score) * q(x, t).unsqueeze(-1)
+        return path.family(y).drift(x, t) * q(x, t).unsqueeze(-1)
 
     def spread(x):
         return path.diffusion(x, t).expand_as(x) ** 2 / 2 * q(x, t).unsqueeze(-1)

@@ -69,7 +69,7 @@ def test_difference_is_that_of_the_two_drifts(name, prediction):
     point = path.point(path.draw_noise((3,)), t, y)
     output = torch.randn(3, 2)
     drift = PredictedDrift(path, lambda x, t: output, prediction)
-    gap = drift.difference(point.state, t, point.data, point.noise)
+    gap = drift.difference(point.state, t, point.data, point.noise, point.diffusion)
     torch.testing.assert_close(gap, drift(point.state, t) - point.drift, rtol=1e-8, atol=1e-8)
     # The truth as prediction gives the posterior's drift.
     exact = convert(point.data, Prediction.DATA, prediction, point.state, path.schedule(t))
@@ -105,7 +105,7 @@ def test_float32_resolves_a_small_difference_of_large_drifts():
     gap = torch.full_like(y, 2.0**-12)
     want = schedule(t).d_log_snr * gap
     drift = PredictedDrift(path, lambda x, t: y + gap)
-    stable = drift.difference(point.state, t, point.data, point.noise)
+    stable = drift.difference(point.state, t, point.data, point.noise, point.diffusion)
     naive = drift(point.state, t) - point.drift
     assert ((stable - want).abs() / want).max() < 1e-4
     assert ((naive - want).abs() / want).median() > 0.1
