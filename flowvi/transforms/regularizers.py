@@ -81,7 +81,6 @@ class KineticEnergy(Regularizer):
         OT-Flow, arXiv:2006.00104, equation 7.
 
     Example:
-        >>> from flowvi.flows import cnf
         >>> from flowvi.objectives import ELBO, Regularized
         >>> objective = Regularized(ELBO(8), KineticEnergy(0.1))
     """
@@ -242,7 +241,7 @@ def collect_penalties(regularizers: Sequence[Regularizer]) -> Iterator[list[Path
 
     Example:
         >>> from flowvi.nn import FunctionField
-        >>> from flowvi.transforms import Continuous
+        >>> from flowvi.transforms import Continuous, KineticEnergy, collect_penalties
         >>> flow = Continuous(FunctionField(2, lambda t, x: torch.ones_like(x)))
         >>> with collect_penalties([KineticEnergy()]) as found:
         ...     y = flow(torch.zeros(3, 2))
