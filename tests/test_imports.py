@@ -39,7 +39,7 @@ DEFERRED_UPWARD = ("infer/result.py", "flowvi.diagnostics")
 # Each of these packages is imported in one file.
 ONE_PLACE = {
     "arviz": "diagnostics/",
-    "matplotlib": "plots.py",
+    "matplotlib": "plots/_figure.py",
     "torchdiffeq": "",
     "torchsde": "",
     "zuko": "distributions/adapters.py",
@@ -144,8 +144,8 @@ def test_imports_go_downwards():
         ("infer/result.py", "def f():\n    from flowvi.diagnostics import check", False),
         ("infer/result.py", "from flowvi.diagnostics import check", True),
         ("infer/fit.py", "def f():\n    from flowvi.diagnostics import check", True),
-        ("plots.py", "from flowvi.diagnostics import Shifts", True),
-        ("plots.py", "if TYPE_CHECKING:\n    from flowvi.diagnostics import Shifts", False),
+        ("plots/fits.py", "from flowvi.diagnostics import Shifts", True),
+        ("plots/fits.py", "if TYPE_CHECKING:\n    from flowvi.diagnostics import Shifts", False),
         ("guides/x.py", "if TYPE_CHECKING:\n    from flowvi.infer import Fit", True),
         ("diagnostics/x.py", "import importlib\nimportlib.import_module('flowvi.plots')", True),
     ],

@@ -1,9 +1,11 @@
-"""Did it work: drift test, importance weights, modes, one verdict in words, ArviZ export."""
+"""Did it work, and which works best: verdict in words, comparison of objectives, ArviZ export."""
 
 from flowvi.diagnostics.check import Check, check
+from flowvi.diagnostics.compare import Comparison, ComparisonRow, compare
 from flowvi.diagnostics.drift import DriftTest, drift_test
 from flowvi.diagnostics.export import to_arviz
 from flowvi.diagnostics.gradient import Gradient, elbo_gradient
+from flowvi.diagnostics.gradient_report import GradientReport, GradientRow, gradient_report
 from flowvi.diagnostics.importance import (
     Bound,
     effective_sample_size,
@@ -21,17 +23,23 @@ from flowvi.diagnostics.verdict import Finding, Limits
 __all__ = [
     "Bound",
     "Check",
+    "Comparison",
+    "ComparisonRow",
     "DriftTest",
     "Finding",
     "Gradient",
+    "GradientReport",
+    "GradientRow",
     "Limits",
     "ModeCoverage",
     "Shifts",
     "check",
+    "compare",
     "drift_test",
     "effective_sample_size",
     "elbo",
     "elbo_gradient",
+    "gradient_report",
     "iw_elbo",
     "mode_coverage",
     "pareto_k",

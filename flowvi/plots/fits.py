@@ -1,7 +1,4 @@
-"""Pictures of fits: every function takes data and an Axes, draws on it, and returns it.
-
-Matplotlib is imported here only, inside the functions.
-"""
+"""Pictures of one or several fits."""
 
 from __future__ import annotations
 
@@ -10,18 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from flowvi.plots._figure import COLORS, GREY, array_of, axes_for, few_ticks, open_frame
 
+if TYPE_CHECKING:
     from flowvi.diagnostics.shifts import Shifts
+    from flowvi.plots._figure import Axes
 
 __all__ = ["drift_scores", "elbo_trace", "marginals", "pairs", "pareto_k_bars", "shift_errors"]
-
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
-_GREY = "#888888"
 
 
 def marginals(
@@ -48,22 +42,22 @@ def marginals(
     if not named:
         raise ValueError("`draws` must hold at least one guide; got none.")
     truth = None if reference is None else _vector("reference", reference)
-    ax = _axes(ax)
+    ax = axes_for(ax)
     everything = list(named.values()) + ([] if truth is None else [truth])
     ends = [np.quantile(values, (0.001, 0.999)) for values in everything]
     low, high = min(e[0] for e in ends), max(e[1] for e in ends)
     pad = 0.05 * (high - low) or 0.5
     grid = np.linspace(low - pad, high + pad, 256)
     if truth is not None:
-        ax.fill_between(grid, _density(truth, grid), color=_GREY, alpha=0.35, label="reference")
+        ax.fill_between(grid, _density(truth, grid), color=GREY, alpha=0.35, label="reference")
     for index, (name, values) in enumerate(named.items()):
-        color = _COLORS[index % len(_COLORS)]
-        style = ("-", "--", ":")[index // len(_COLORS) % 3]
+        color = COLORS[index % len(COLORS)]
+        style = ("-", "--", ":")[index // len(COLORS) % 3]
         ax.plot(grid, _density(values, grid), style, color=color, lw=1.6, label=name)
     ax.set(xlabel=label, xlim=(grid[0], grid[-1]), yticks=[], ylabel="density")
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False, fontsize="small")
-    _open(ax, left=False)
+    open_frame(ax, left=False)
     return ax
 
 
@@ -86,14 +80,14 @@ def pairs(
         ValueError: if the numbers of parameters and labels differ, or there are more than 6.
     """
     size = len(labels)
-    arrays = {name: _array(values) for name, values in draws.items()}
+    arrays = {name: array_of(values) for name, values in draws.items()}
     for name, array in arrays.items():
         if array.ndim != 2 or array.shape[1] != size or not 1 <= size <= 6:
             raise ValueError(
                 f"`draws[{name!r}]` must have shape (num_draws, {size}), one column per label "
                 f"and 1 to 6 labels; got {array.shape}."
             )
-    ax = _axes(ax, side=1.7 * size + 1)
+    ax = axes_for(ax, side=1.7 * size + 1)
     ax.axis("off")
     everything = np.concatenate(list(arrays.values()))
     limits = [np.quantile(column, (0.002, 0.998)) for column in everything.T]
@@ -108,7 +102,7 @@ def pairs(
     handles = ax.inset_axes((0, 0, 1, 1), frameon=False)
     handles.axis("off")
     for index, name in enumerate(arrays):
-        handles.plot([], [], "o", color=_COLORS[index % len(_COLORS)], label=name)
+        handles.plot([], [], "o", color=COLORS[index % len(COLORS)], label=name)
     if size > 1 or len(arrays) > 1:
         handles.legend(loc="upper right", frameon=False)
     return ax
@@ -129,7 +123,7 @@ def elbo_trace(losses: Tensor, ax: Axes | None = None, *, window: int = 50) -> A
     """
     if window < 2:
         raise ValueError(f"`window` must be at least 2; got {window}.")
-    values = -_array(losses)
+    values = -array_of(losses)
     steps = np.flatnonzero(np.isfinite(values))
     if len(steps) < 2:
         raise ValueError(f"`losses` must hold at least 2 finite values; got {len(steps)}.")
@@ -139,16 +133,16 @@ def elbo_trace(losses: Tensor, ax: Axes | None = None, *, window: int = 50) -> A
     square = np.convolve((values - values.mean()) ** 2, np.ones(window) / window, "valid")
     error = np.sqrt(np.maximum(square - (mean - values.mean()) ** 2, 0) / (window - 1))
     steps = steps[window - 1 :]
-    ax = _axes(ax)
-    ax.fill_between(steps, mean - 2 * error, mean + 2 * error, color=_COLORS[0], alpha=0.25)
-    ax.plot(steps, mean, color=_COLORS[0], lw=1.5)
+    ax = axes_for(ax)
+    ax.fill_between(steps, mean - 2 * error, mean + 2 * error, color=COLORS[0], alpha=0.25)
+    ax.plot(steps, mean, color=COLORS[0], lw=1.5)
     later = slice(len(mean) // 10, None)
     low, high = (mean - 2 * error)[later].min(), (mean + 2 * error)[later].max()
     pad = 0.05 * (high - low) or 0.5
     ax.set(
         xlabel="step", ylabel=f"ELBO, mean of {window} steps (nats)", ylim=(low - pad, high + pad)
     )
-    _open(ax)
+    open_frame(ax)
     return ax
 
 
@@ -160,18 +154,18 @@ def shift_errors(shifts: Shifts, ax: Axes | None = None, *, limit: float = 0.1) 
         ax: Axes to draw on; new if left out.
         limit: half-width of the band that counts as good.
     """
-    ax = _axes(ax, side=0.28 * len(shifts.labels) + 1.6)
-    mean, log_sd = _array(shifts.mean), _array(shifts.log_sd)
+    ax = axes_for(ax, side=0.28 * len(shifts.labels) + 1.6)
+    mean, log_sd = array_of(shifts.mean), array_of(shifts.log_sd)
     rows = np.arange(len(mean))
-    ax.axvspan(-limit, limit, color=_GREY, alpha=0.2, lw=0)
+    ax.axvspan(-limit, limit, color=GREY, alpha=0.2, lw=0)
     options = {"fmt": "o", "ms": 4, "lw": 1.2}
     ax.errorbar(
-        mean, rows - 0.14, xerr=2 * _array(shifts.mean_se), color=_COLORS[0],
+        mean, rows - 0.14, xerr=2 * array_of(shifts.mean_se), color=COLORS[0],
         label="mean, in posterior sd", **options,
     )  # fmt: skip
     ax.errorbar(
-        np.expm1(log_sd), rows + 0.14, xerr=2 * np.exp(log_sd) * _array(shifts.log_sd_se),
-        color=_COLORS[1], label="sd, relative", **options,
+        np.expm1(log_sd), rows + 0.14, xerr=2 * np.exp(log_sd) * array_of(shifts.log_sd_se),
+        color=COLORS[1], label="sd, relative", **options,
     )  # fmt: skip
     _name_rows(ax, shifts.labels, "error of the guide")
     return ax
@@ -185,11 +179,11 @@ def drift_scores(shifts: Shifts, ax: Axes | None = None, *, limit: float = 3.0) 
         ax: Axes to draw on; new if left out.
         limit: z-score up to which drift is put down to Monte Carlo error.
     """
-    ax = _axes(ax, side=0.28 * len(shifts.labels) + 1.6)
+    ax = axes_for(ax, side=0.28 * len(shifts.labels) + 1.6)
     rows = np.arange(len(shifts.labels))
-    ax.axvspan(-limit, limit, color=_GREY, alpha=0.2, lw=0)
-    ax.plot(_array(shifts.mean_z), rows - 0.14, "o", ms=5, color=_COLORS[0], label="mean")
-    ax.plot(_array(shifts.log_sd_z), rows + 0.14, "s", ms=5, color=_COLORS[1], label="sd")
+    ax.axvspan(-limit, limit, color=GREY, alpha=0.2, lw=0)
+    ax.plot(array_of(shifts.mean_z), rows - 0.14, "o", ms=5, color=COLORS[0], label="mean")
+    ax.plot(array_of(shifts.log_sd_z), rows + 0.14, "s", ms=5, color=COLORS[1], label="sd")
     _name_rows(ax, shifts.labels, "drift z-score (guide minus posterior)")
     return ax
 
@@ -209,14 +203,14 @@ def pareto_k_bars(
     """
     if not values:
         raise ValueError("`values` must hold at least one Pareto k; got none.")
-    ax = _axes(ax, side=0.35 * len(values) + 1.4)
+    ax = axes_for(ax, side=0.35 * len(values) + 1.4)
     ks = np.array([float(k) for k in values.values()])
     finite = ks[np.isfinite(ks)]
     top = max(1.15, 1.1 * finite.max(initial=0))
     # A k below zero means no tail at all; a sliver keeps the bar visible.
     lengths = np.clip(np.nan_to_num(ks, nan=top, posinf=top, neginf=0.0), 0.01, top)
     rows = np.arange(len(ks))
-    colors = [_COLORS[2] if k <= threshold else _COLORS[1] for k in ks]
+    colors = [COLORS[2] if k <= threshold else COLORS[1] for k in ks]
     ax.barh(rows, lengths, color=colors, height=0.6)
     for row, k in enumerate(ks):
         ax.text(1.11 * top, row, f"{k:.2f}", va="center", ha="right", fontsize="small")
@@ -224,25 +218,12 @@ def pareto_k_bars(
     ax.set(xlim=(0, 1.13 * top), xlabel=f"Pareto k (trusted up to {threshold:.2f})")
     ax.set_yticks(rows, list(values))
     ax.invert_yaxis()
-    _open(ax)
+    open_frame(ax)
     return ax
 
 
-def _axes(ax: Axes | None, side: float | None = None) -> Axes:
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot
-
-    size = (6.0, 4.0) if side is None else (max(6.0, side), max(2.0, side))
-    return pyplot.subplots(figsize=size, layout="constrained")[1]
-
-
-def _array(values: Tensor) -> np.ndarray:
-    return torch.as_tensor(values).detach().cpu().double().numpy()
-
-
 def _vector(name: str, values: Tensor) -> np.ndarray:
-    array = _array(values)
+    array = array_of(values)
     if array.ndim != 1 or len(array) < 2 or not np.isfinite(array).all():
         raise ValueError(
             f"`draws[{name!r}]` must be a vector of at least 2 finite values; got shape "
@@ -270,7 +251,7 @@ def _fill_panel(
     max_points: int,
 ) -> None:
     for index, array in enumerate(arrays.values()):
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         if row == column:
             grid = np.linspace(*limits[row], 128)
             panel.plot(grid, _density(array[:, row], grid), color=color, lw=1.4)
@@ -287,11 +268,8 @@ def _fill_panel(
 
 
 def _label_panel(panel: Axes, row: int, column: int, size: int, labels: Sequence[str]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     panel.tick_params(labelsize="x-small")
-    panel.xaxis.set_major_locator(MaxNLocator(3))
-    panel.yaxis.set_major_locator(MaxNLocator(3))
+    few_ticks(panel)
     if row == size - 1:
         panel.set_xlabel(labels[column], fontsize="small")
     else:
@@ -302,7 +280,7 @@ def _label_panel(panel: Axes, row: int, column: int, size: int, labels: Sequence
         panel.set_yticklabels([])
     if row == column:
         panel.set_yticks([])
-        _open(panel, left=False)
+        open_frame(panel, left=False)
 
 
 def _name_rows(ax: Axes, labels: Sequence[str], xlabel: str) -> None:
@@ -310,15 +288,9 @@ def _name_rows(ax: Axes, labels: Sequence[str], xlabel: str) -> None:
     ax.set_yticks(np.arange(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.set_xlabel(xlabel)
-    ax.grid(axis="y", color=_GREY, alpha=0.25, lw=0.5)
+    ax.grid(axis="y", color=GREY, alpha=0.25, lw=0.5)
     # Above the rows, where no point can be.
     ax.legend(
         frameon=False, fontsize="small", ncols=2, loc="lower left", bbox_to_anchor=(0, 1, 1, 0)
     )
-    _open(ax)
-
-
-def _open(ax: Axes, *, left: bool = True) -> None:
-    """Take away the frame's sides that carry nothing."""
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines["left"].set_visible(left)
+    open_frame(ax)

@@ -1,0 +1,22 @@
+"""Pictures of fits: every function takes data and an Axes, draws on it, and returns it."""
+
+from flowvi.plots.comparisons import comparison, gradients
+from flowvi.plots.fits import (
+    drift_scores,
+    elbo_trace,
+    marginals,
+    pairs,
+    pareto_k_bars,
+    shift_errors,
+)
+
+__all__ = [
+    "comparison",
+    "drift_scores",
+    "elbo_trace",
+    "gradients",
+    "marginals",
+    "pairs",
+    "pareto_k_bars",
+    "shift_errors",
+]
