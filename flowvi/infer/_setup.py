@@ -23,7 +23,7 @@ from flowvi.objectives._constants import leaf_of
 
 __all__ = ["default_objective", "find_start", "find_target", "first_run", "settle_objective"]
 
-_NUM_PARTICLES, _NUM_PARTICLES_SUBSAMPLED, _NUM_PARTICLES_LOOP = 128, 16, 8
+_NUM_PARTICLES, _NUM_PARTICLES_SUBSAMPLED, _NUM_PARTICLES_LOOP = 256, 16, 8
 # Tighter bounds silence the rare draws that tell the tails: on a 10-D funnel 10 leaves a gap of
 # 0.2 nats where 300 leaves 0.03.
 _CLIP_FACTOR = 300.0
@@ -48,7 +48,7 @@ def default_objective(
     Args:
         model_trace: trace of the model.
         guide_trace: trace of the guide.
-        num_particles: draws per step; 128, or 16 with a subsampled plate.
+        num_particles: draws per step; 256, or 16 with a subsampled plate.
     """
     partial = is_subsampled(model_trace)
     default = _NUM_PARTICLES_SUBSAMPLED if partial else _NUM_PARTICLES

@@ -64,7 +64,7 @@ def fit(
     the average of the iterates or the last one, whichever is better on common draws, by the
     objective (by the ELBO while that is still annealed).
 
-    **Stopping.** After every window (1/25 of ``num_steps``, at least 40 steps) the mean
+    **Stopping.** After every window (1/33 of ``num_steps``, at least 30 steps) the mean
     loss is compared with the window before. After two windows in a row that surely gained less
     than ``tolerance`` (gain plus two standard errors), or six in a row whose gain is below two
     standard errors, the learning rate decays to zero over one last window. The rule waits until
@@ -146,7 +146,7 @@ def fit(
         run = Run(
             FlowSVI(model, guide, optim, objective),
             Average(average),
-            None if tolerance is None else Plateau(max(num_steps // 25, 40), tolerance),
+            None if tolerance is None else Plateau(max(num_steps // 33, 30), tolerance),
             RunOptions(
                 num_steps, max_seconds, checkpoint, checkpoint_every, callback, progress_bar
             ),
