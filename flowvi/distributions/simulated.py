@@ -163,6 +163,9 @@ class SimulatedPosterior(_SimulatedLaw):
         torch.Size([4, 21, 2])
     """
 
+    # Estimators that reweight the gradient of a draw look for this.
+    draws_hold_parameters = True
+
     def __init__(
         self,
         process: SDE,

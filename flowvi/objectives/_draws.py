@@ -81,9 +81,20 @@ def path_log_prob(site: dict, bound: str) -> Tensor:
         return attached(site)
     if torch.is_grad_enabled():
         check_reparameterised(fn, site["name"], bound, _INSTEAD)
+        _check_draws(leaf_of(fn), site["name"], bound)
         if not hasattr(leaf_of(fn), "path_derivative"):
             fn = with_constant_parameters(fn, site["name"], bound, _INSTEAD)
     return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
+
+
+def _check_draws(leaf: object, name: str, bound: str) -> None:
+    """Refuse a law whose draws carry what its parameters make of them at a fixed path."""
+    if getattr(leaf, "draws_hold_parameters", False):
+        raise NotImplementedError(
+            f"{bound} needs draws through which all of a site's gradient flows; those of site "
+            f"`{name}`, from {type(leaf).__name__}, hold drifts as well. Use IWAE, or the grid "
+            "path SDEPath."
+        )
 
 
 def reweight_draws(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowvi.distributions import LogRatio, SimulatedPosterior, SimulatedPrior
 from flowvi.infer import fit
-from flowvi.objectives import ELBO, IWAE, STL
+from flowvi.objectives import ELBO, IWAE, STL, STLIWAE, DReG
 from flowvi.paths import SDE, StateDiffusion
 from flowvi.samplers import (
     Milstein,
@@ -275,6 +275,14 @@ def test_gradient_is_that_of_the_bound(objective: type, log_ratio: LogRatio):
 def test_bounds_of_several_samples_refuse_the_divergence_form():
     with pytest.raises(NotImplementedError, match="only estimates the log-ratio"):
         IWAE(4).loss(*state_space(LogRatio.KL))
+
+
+@pytest.mark.parametrize("objective", [DReG, STLIWAE])
+def test_estimators_that_reweight_draws_refuse_it(objective: type):
+    slope = torch.tensor(0.5, requires_grad=True)
+    model, guide = state_space(LogRatio.PATHWISE, 3, slope)
+    with pytest.raises(NotImplementedError, match="hold drifts as well. Use IWAE, or the grid"):
+        objective(4, max_plate_nesting=2).differentiable_loss(model, guide)
 
 
 def test_stock_svi_trains_it():
