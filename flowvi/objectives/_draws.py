@@ -1,4 +1,4 @@
-"""The random draws of a guide: their path gradient, its weight, whether they are independent."""
+"""The random draws of a guide: what makes a path gradient, and its weight."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from flowvi.objectives._constants import (
 from flowvi.objectives.items import ItemLogWeights, from_items
 from flowvi.objectives.weights import attached
 
-__all__ = ["check_independent", "path_log_prob", "random_sites", "reweight_draws"]
-
+__all__ = ["check_path_site", "path_log_prob", "random_sites", "reweight_draws"]
 
 # What covers guide sites that are not reparameterised.
 _INSTEAD = "ELBO or VIMCO"
@@ -34,61 +33,26 @@ def random_sites(trace: Trace) -> Iterator[dict]:
             yield site
 
 
-def check_independent(trace: Trace, bound: str) -> None:
-    """Refuse a guide in which the law of one site depends on the draw of another.
-
-    Densities with detached parameters lose that dependence: harmless to the mean of the ELBO's
-    gradient, not to that of weighted ones.
-
-    Args:
-        trace: of the guide, with its graph.
-        bound: name of the objective.
-
-    Raises:
-        NotImplementedError: naming both sites.
-    """
-    sites = [s for s in random_sites(trace) if s["value"].grad_fn is not None]
-    if len(sites) < 2:
-        return
-    draws = {site["value"].grad_fn: site["name"] for site in sites}
-    for site in sites:
-        other = _first_reached(site["value"].grad_fn, draws)
-        if other is not None:
-            raise NotImplementedError(
-                f"{bound} needs guide sites with independent laws; the law of site "
-                f"`{site['name']}` depends on the draw of site `{other}`. Use IWAE for this "
-                "guide."
-            )
-
-
-def _first_reached(start: object, draws: dict[object, str]) -> str | None:
-    seen, stack = {start}, [start]
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is None or node in seen:
-                continue
-            if node in draws:
-                return draws[node]
-            seen.add(node)
-            stack.append(node)
-    return None
-
-
 def path_log_prob(site: dict, bound: str) -> Tensor:
     """Log-density of a guide site whose gradient runs through its value alone."""
     fn = site["fn"]
     if site["is_observed"]:
         return attached(site)
     if torch.is_grad_enabled():
-        check_reparameterised(fn, site["name"], bound, _INSTEAD)
-        _check_draws(leaf_of(fn), site["name"], bound)
+        check_path_site(site, bound)
         if not hasattr(leaf_of(fn), "path_derivative"):
             fn = with_constant_parameters(fn, site["name"], bound, _INSTEAD)
     return fn.log_prob(site["value"], *site["args"], **site["kwargs"])
 
 
-def _check_draws(leaf: object, name: str, bound: str) -> None:
-    """Refuse a law whose draws carry what its parameters make of them at a fixed path."""
+def check_path_site(site: dict, bound: str) -> None:
+    """Refuse a site whose draws do not carry its whole gradient, or carry more than that.
+
+    Raises:
+        NotImplementedError: naming the site.
+    """
+    name, leaf = site["name"], leaf_of(site["fn"])
+    check_reparameterised(site["fn"], name, bound, _INSTEAD)
     if getattr(leaf, "draws_hold_parameters", False):
         raise NotImplementedError(
             f"{bound} needs draws through which all of a site's gradient flows; those of site "

@@ -10,10 +10,12 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from flowvi.objectives._draws import check_independent, path_log_prob, reweight_draws
+from flowvi.objectives._draws import path_log_prob, reweight_draws
+from flowvi.objectives._given import GivenDraws, draws_depend, given_term
 from flowvi.objectives._path import PathMessenger
 from flowvi.objectives.items import ItemLogWeights
 from flowvi.objectives.multisample import MultiSample
+from flowvi.objectives.weights import LogWeight, log_weights
 
 __all__ = ["IWAE", "STLIWAE", "DReG"]
 
@@ -67,14 +69,17 @@ class STLIWAE(IWAE):
     :class:`DReG` is the unbiased estimator of the same cost. The value, and the gradient of the
     model's parameters, are those of :class:`IWAE`. At q = p the guide's gradient is zero.
 
+    A guide in which the law of one site depends on the draw of another is run a second time in
+    each step, at its own draws: it must do the same again, and its flows must be able to score
+    given values.
+
     Args:
         num_particles: K, at least 1.
         max_plate_nesting: number of nested plates of model and guide; guessed if left out.
         vectorize_particles: run all particles as one batch or one after the other.
 
     Raises:
-        NotImplementedError: at the first step, as for :class:`IWAE`, or if the law of one guide
-            site depends on the draw of another.
+        NotImplementedError: at the first step, as for :class:`IWAE`.
 
     References:
         Roeder, Wu and Duvenaud (2017), Sticking the landing, arXiv:1703.09194, section 5; Tucker,
@@ -86,15 +91,18 @@ class STLIWAE(IWAE):
         batch = self.num_particles if self.vectorize_particles else 1
         # Outside the trace, so that the trace records what this handler has made of the site.
         with PathMessenger(batch, self._particle_dim, False, None):
+            trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        if not torch.is_grad_enabled() or not draws_depend(trace):
+            return trace
+        with GivenDraws(trace):
             return poutine.trace(guide).get_trace(*args, **kwargs)
 
-    def _guide_term(self, site: dict) -> Tensor:
-        return path_log_prob(site, type(self).__name__)
+    def _weights(self, model_trace: Trace, guide_trace: Trace) -> list[LogWeight]:
+        bound = type(self).__name__
+        term = given_term(guide_trace, bound) or (lambda site: path_log_prob(site, bound))
+        return log_weights(model_trace, guide_trace, term, max_dim=self._max_dim)
 
     def _combine(self, traces: list[tuple[Trace, Trace]], num_particles: int) -> Tensor:
-        if torch.is_grad_enabled():
-            for _, guide_trace in traces:
-                check_independent(guide_trace, type(self).__name__)
         items = self._items([self._weights(m, g) for m, g in traces], num_particles)
         self._reweight(items, [guide for _, guide in traces])
         return items.total(self._bound(items.value))
@@ -112,7 +120,8 @@ class DReG(STLIWAE):
 
     Unbiased like :class:`IWAE`, at the same cost, but its signal-to-noise ratio for the guide's
     parameters grows with K, and it is zero at q = p. The value and the gradient of the model's
-    parameters (weights :math:`\bar w_k`) are those of :class:`IWAE`.
+    parameters (weights :math:`\bar w_k`) are those of :class:`IWAE`. Guides whose sites depend
+    on each other are run twice, as for :class:`STLIWAE`.
 
     Args:
         num_particles: K, at least 1.
@@ -120,8 +129,7 @@ class DReG(STLIWAE):
         vectorize_particles: run all particles as one batch or one after the other.
 
     Raises:
-        NotImplementedError: at the first step, as for :class:`IWAE`, or if the law of one guide
-            site depends on the draw of another.
+        NotImplementedError: at the first step, as for :class:`IWAE`.
 
     References:
         Tucker, Lawson, Gu and Maddison (2019), Doubly reparameterized gradient estimators for
