@@ -13,10 +13,22 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = {
     "cnf_density": ["cnf_density.py"],
     "cnf_posteriors": ["cnf_posteriors.py"],
+    "latent_sde": ["latent_sde.py"],
+    "compare": [
+        *("compare.py", "--problems", "eight_schools", "--workers", "1"),
+        *("--guides", "mean-field", "RealNVP", "--objectives", "ELBO", "STL", "CUBO"),
+    ],
     "posteriors": ["posteriors.py", "--problems", "eight_schools", "funnel", "--workers", "1"],
+    "sde_posteriors": ["sde_posteriors.py"],
 }
 # What each prints in its table.
-PRINTED = {"cnf_density": "integral", "cnf_posteriors": "Pareto k", "posteriors": "Pareto k"}
+PRINTED = {
+    "cnf_density": "integral",
+    "cnf_posteriors": "Pareto k",
+    "latent_sde": "path KL",
+    "posteriors": "Pareto k",
+    "sde_posteriors": "weighted",
+}
 
 
 def test_every_script_is_listed():
