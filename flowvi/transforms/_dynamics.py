@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowvi.nn import VectorField
-from flowvi.transforms.divergence import Divergence
+from flowvi.transforms.divergence import Divergence, checked_velocity
 
 __all__ = [
     "Dynamics",
@@ -123,9 +123,7 @@ class FlowDynamics(Dynamics):
         self.terms = tuple(terms)
 
     def rates(self, instant: Instant, state: State) -> State:
-        velocity = self.field.velocity(instant.embedded, state[0], self.prepared)
-        check_velocity(self.field, velocity, state[0])
-        return (velocity,)
+        return (checked_velocity(self.field, instant.embedded, state[0], self.prepared),)
 
     def rates_and_integrands(
         self, instant: Instant, state: State
@@ -135,7 +133,6 @@ class FlowDynamics(Dynamics):
         velocity, divergence = problem.divergence.velocity_and_divergence(
             self.field, instant.embedded, x, self.prepared, problem.probe
         )
-        check_velocity(self.field, velocity, x)
         if not self.terms:
             return (velocity,), (divergence,)
         stage = Stage(
@@ -170,22 +167,11 @@ class ScoreDynamics(Dynamics):
         problem = self.problem
 
         def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
-            velocity, divergence = problem.divergence.velocity_and_divergence(
+            return problem.divergence.velocity_and_divergence(
                 self.field, instant.embedded, x, self.prepared, problem.probe
             )
-            check_velocity(self.field, velocity, x)
-            return velocity, divergence
 
         (velocity, divergence), pull = torch.func.vjp(outputs, x)
         with torch.no_grad():
             (pulled,) = pull((score, torch.ones_like(divergence)))
         return (velocity, -pulled), (divergence,)
-
-
-def check_velocity(field: VectorField, velocity: Tensor, x: Tensor) -> None:
-    """Refuse a velocity of another shape than the state."""
-    if velocity.shape != x.shape:
-        raise ValueError(
-            f"`field` must give velocities of the shape of its states, {tuple(x.shape)}; got "
-            f"shape {tuple(velocity.shape)} from {type(field).__name__}."
-        )

@@ -227,9 +227,6 @@ class Continuous(FlowTransform):
             repr(solver), rough.num_evaluations, rough.note, float(error), float(ladj_error)
         )
 
-    def extra_repr(self) -> str:
-        return f"divergence={self.divergence!r}, solver={self.solver!r}"
-
     def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._with_integrals(x, context, (), 0.0, 1.0)[:2]
 
@@ -254,10 +251,13 @@ class Continuous(FlowTransform):
         return solution.state[0], ladj, tuple(sign * integral for integral in integrals)
 
     def _batched(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """The state with the batch that it shares with the context."""
-        if self.context_dim == 0:
-            return x
-        return x.expand(*common_shape(x.shape[:-1], context.shape[:-1]), -1)
+        """The state with the batch that it shares with the context, in memory of its own.
+
+        Forward mode refuses expanded tensors.
+        """
+        if self.context_dim:
+            x = x.expand(*common_shape(x.shape[:-1], context.shape[:-1]), -1)
+        return x.contiguous()
 
     def _dynamics(
         self,

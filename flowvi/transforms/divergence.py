@@ -19,6 +19,7 @@ __all__ = [
     "Hutchinson",
     "Probe",
     "cheapest_divergence",
+    "checked_velocity",
 ]
 
 EXACT_LIMIT = 64
@@ -65,7 +66,9 @@ class ClosedFormDivergence(Divergence):
     def velocity_and_divergence(
         self, field: VectorField, time: Tensor, x: Tensor, prepared: Any, probe: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        return field.velocity_and_divergence(time, x, prepared)
+        velocity, divergence = field.velocity_and_divergence(time, x, prepared)
+        check_velocity(field, velocity, x)
+        return velocity, divergence
 
 
 class ExactDivergence(Divergence):
@@ -80,7 +83,7 @@ class ExactDivergence(Divergence):
         def along(axis: Tensor) -> tuple[Tensor, Tensor]:
             direction = axis.expand_as(x)
             value, change = torch.func.jvp(
-                lambda x: field.velocity(time, x, prepared), (x,), (direction,)
+                lambda x: checked_velocity(field, time, x, prepared), (x,), (direction,)
             )
             return value, (change * axis).sum(-1)
 
@@ -130,12 +133,28 @@ class Hutchinson(Divergence):
         self, field: VectorField, time: Tensor, x: Tensor, prepared: Any, probe: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         velocity, change = torch.func.jvp(
-            lambda x: field.velocity(time, x, prepared), (x,), (probe,)
+            lambda x: checked_velocity(field, time, x, prepared), (x,), (probe,)
         )
         return velocity, (change * probe).sum(-1)
 
     def __repr__(self) -> str:
         return f"Hutchinson({self.probe})"
+
+
+def checked_velocity(field: VectorField, time: Tensor, x: Tensor, prepared: Any) -> Tensor:
+    """The velocity, if it has the right shape."""
+    velocity = field.velocity(time, x, prepared)
+    check_velocity(field, velocity, x)
+    return velocity
+
+
+def check_velocity(field: VectorField, velocity: Tensor, x: Tensor) -> None:
+    """Refuse a velocity of another shape than the state."""
+    if velocity.shape != x.shape:
+        raise ValueError(
+            f"`field` must give velocities of the shape of its states, {tuple(x.shape)}; got "
+            f"shape {tuple(velocity.shape)} from {type(field).__name__}."
+        )
 
 
 def cheapest_divergence(field: VectorField) -> Divergence:
