@@ -20,7 +20,7 @@ Q = OrnsteinUhlenbeck(rate=2.0, shift=1.5, noise=0.7, mean=0.6, sd=0.4)
 
 
 # Wider than P at the start, so that the weights p / q have a variance.
-WIDE = OrnsteinUhlenbeck(rate=1.1, shift=0.4, noise=0.7, mean=0.3, sd=1.2)
+WIDE = OrnsteinUhlenbeck(rate=0.7, shift=0.25, noise=0.7, mean=0.3, sd=1.2)
 
 
 def grid_laws(num_steps: int, q: OrnsteinUhlenbeck = Q) -> tuple[SDEPath, SDEPath]:
