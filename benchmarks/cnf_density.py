@@ -127,7 +127,7 @@ def evaluate(one: Contestant, x: Tensor) -> tuple[Tensor, int]:
     return base + ladj[-1], calls
 
 
-def integral(one: Contestant, half_width: float = 6.0, size: int = 160) -> float:
+def integral(one: Contestant, half_width: float = 6.0, size: int = 120) -> float:
     """Integral of the density over a grid."""
     axis = torch.linspace(-half_width, half_width, size)
     grid = torch.cartesian_prod(axis, axis)
@@ -165,7 +165,7 @@ def run(toy: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toys", nargs="+", default=list(TOYS), choices=list(TOYS))
-    parser.add_argument("--num-steps", type=int, default=300)
+    parser.add_argument("--num-steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--solver-steps", type=int, default=8, help="RK4 steps in training")

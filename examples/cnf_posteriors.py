@@ -21,7 +21,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from problems import funnel
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowvi.flows import cnf
 from flowvi.guides import AutoFlow
@@ -135,8 +135,9 @@ def posteriors(german: Path | None) -> dict[str, Posterior]:
 
 
 def run(posterior: Posterior, num_steps: int, num_particles: int, seed: int) -> Fit:
-    """Fit a continuous flow."""
-    recipe = partial(cnf, field=GatedField, solver=RK4(6))
+    """Fit a continuous flow whose field has products of coordinates, as funnels need."""
+    gated = partial(GatedField, activation=nn.Identity)
+    recipe = partial(cnf, field=gated, hidden_dims=(64,), solver=RK4(6))
     return fit(
         posterior.model,
         AutoFlow(posterior.model, recipe),
@@ -145,6 +146,7 @@ def run(posterior: Posterior, num_steps: int, num_particles: int, seed: int) -> 
         num_steps=num_steps,
         num_particles=num_particles,
         seed=seed,
+        lr=2e-2,
         progress_bar=False,
     )
 
@@ -181,7 +183,9 @@ def draw(posterior: Posterior, result: Fit, ax: Axes, name: str) -> None:
     log_density = posterior.log_density(grid)
     top = float(log_density.max())
     levels = [top - 6.0, top - 3.0, top - 1.0, top - 0.3]
-    ax.contour(first, second, log_density, levels, colors="#D55E00", linewidths=1)
+    ax.contour(
+        first, second, log_density, levels, colors="#D55E00", linewidths=1, linestyles="solid"
+    )
 
 
 def parse() -> argparse.Namespace:
