@@ -231,7 +231,7 @@ def main() -> None:
     args = parser.parse_args()
     steady_allocator()
     torch.set_num_threads(1)
-    counts, repeats = ((100,), 2) if args.quick else ((100, 200, 400), 7)
+    counts, repeats = ((100,), 2) if args.quick else ((100, 200, 400), 5)
     results, rows = {}, {}
     for steps in counts:
         torch.manual_seed(0)

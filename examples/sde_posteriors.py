@@ -138,14 +138,14 @@ class Pair(nn.Module):
         return SimulatedPrior(self.problem.process, start, self.problem.times, **options)
 
     def posterior(self) -> SimulatedPosterior:
-        """Law of the guide's site: g = f + correction, a start in the prior's family."""
-        problem = self.problem
+        """Law of the guide's site: g = f + b u with a network u, so that g - f vanishes with b."""
+        problem, sde = self.problem, self.problem.process
         at = problem.times[[0, *problem.seen, -1]]
-        correction = self.drift.bind(self.context, at)
+        control = self.drift.bind(self.context, at)
         start = type(problem.start)(self.loc, self.log_scale.exp()).expand((1,)).to_event(1)
         return SimulatedPosterior(
-            problem.process,
-            lambda x, t: problem.process.drift(x, t) + correction(x, t),
+            sde,
+            lambda x, t: sde.drift(x, t) + sde.diffusion(x, t) * control(x, t),
             start,
             problem.times,
             **self._options,
@@ -230,7 +230,7 @@ def panel(ax: plt.Axes, problem: Problem, exact: Tensor, states: Tensor) -> None
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-steps", type=int, default=400, help="optimiser steps")
+    parser.add_argument("--num-steps", type=int, default=700, help="optimiser steps")
     parser.add_argument("--smoke-test", action="store_true", help="a few steps only, for tests")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder for results")
     return parser.parse_args()

@@ -86,6 +86,18 @@ def test_second_order_of_heun_without_noise():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+def test_without_a_kick_a_step_is_that_of_the_ode(name: str):
+    """Orders do not tell a first-order drift from a second-order one under noise."""
+    solver, start = SAMPLERS[name].make(), torch.ones(3, 1)
+    times, still = torch.linspace(0, 1, 6), torch.zeros(5, 3, 1)
+    paths = [
+        simulate(SDE(lambda x, t: x * t.cos(), b), start, times, solver=solver, increments=dw)
+        for b, dw in ((0.5, still), (None, None))
+    ]
+    assert torch.allclose(paths[0].states, paths[1].states, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_moments_with_the_exact_score_of_a_gaussian(name: str):
     """Langevin dynamics of N(1, 0.5^2) from that law stay there; 20,000 draws, 4 errors."""
     sde = SDE(lambda x, t: -2.0 * (x - 1.0), 1.0)  # b^2 / 2 times the score
