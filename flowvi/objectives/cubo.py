@@ -46,7 +46,7 @@ class CUBO(MultiSample):
 
     References:
         Dieng, Tran, Ranganath, Paisley and Blei (2017), Variational inference via chi upper bound
-        minimization, arXiv:1611.00328, equation 4 and algorithm 1.
+        minimization, arXiv:1611.00328, section 2 and algorithm 1.
 
     Example:
         >>> import pyro, pyro.distributions as dist

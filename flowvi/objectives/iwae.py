@@ -42,7 +42,7 @@ class IWAE(MultiSample):
 
     References:
         Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders,
-        arXiv:1509.00519, equations 8 and 13.
+        arXiv:1509.00519, section 3.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -133,8 +133,10 @@ class DReG(STLIWAE):
 
     References:
         Tucker, Lawson, Gu and Maddison (2019), Doubly reparameterized gradient estimators for
-        Monte Carlo objectives, arXiv:1810.04152, equation 8; Rainforth et al. (2018), Tighter
-        variational bounds are not necessarily better, arXiv:1802.04537.
+        Monte Carlo objectives, arXiv:1810.04152, section 3; Rainforth et al. (2018), Tighter
+        variational bounds are not necessarily better, arXiv:1802.04537; Bauer and Mnih (2021),
+        Generalized doubly reparameterized gradient estimators, arXiv:2101.11046, for guides of
+        several layers.
 
     Example:
         >>> import pyro, pyro.distributions as dist

@@ -39,8 +39,8 @@ class Renyi(MultiSample):
             sites differ in scale (a global latent with a subsampled plate).
 
     References:
-        Li and Turner (2016), Renyi divergence variational inference, arXiv:1602.02311, equations
-        5 and 7 and theorem 2.
+        Li and Turner (2016), Renyi divergence variational inference, arXiv:1602.02311,
+        theorems 1 and 2.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -99,7 +99,7 @@ class VRMax(Renyi):
 
     References:
         Li and Turner (2016), Renyi divergence variational inference, arXiv:1602.02311, section
-        4.3.
+        4.
     """
 
     def __init__(

@@ -78,7 +78,7 @@ class TVO(MultiSample):
 
     References:
         Masrani, Le and Wood (2019), The thermodynamic variational objective, arXiv:1907.00031,
-        equations 6, 9 and 11.
+        sections 3 and 4.
 
     Example:
         >>> import pyro, pyro.distributions as dist

@@ -42,7 +42,7 @@ class VIMCO(MultiSample):
 
     References:
         Mnih and Rezende (2016), Variational inference for Monte Carlo objectives,
-        arXiv:1602.06725, equations 7 and 10.
+        arXiv:1602.06725, section 2 and algorithm 1.
 
     Example:
         >>> import pyro, pyro.distributions as dist

@@ -35,7 +35,7 @@ def test_reparameterised_gradient_is_that_of_the_finite_expression(upper):
 
 
 def covariance_gradient(problem, eps):
-    """Equation 9 and 11 of the paper, one parameter and one point at a time."""
+    """The covariance formula, one parameter and one point at a time."""
     log_w, z = problem.log_w(eps)
     fixed = Fixed(problem, z.detach())
     params, result = list(problem.parameters()), []
