@@ -348,3 +348,14 @@ def test_loss_draws_and_gradient_agree(make):
         seeded.append(float(torch.as_tensor(evaluate(model, guide, x)).detach()))
     assert seeded[0] == pytest.approx(seeded[1], rel=1e-12)
     assert objective.log_weight_draws(model, guide, x).shape == (4,)
+
+
+@pytest.mark.gpu
+@every
+def test_cuda(make):
+    x = data(6).cuda()
+    guide = Guide(data(6)).cuda()
+    loss = make(4).differentiable_loss(model, guide, x)
+    loss.backward()
+    assert bool(loss.isfinite())
+    assert bool(guide.loc.grad.isfinite().all())
