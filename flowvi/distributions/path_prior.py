@@ -54,7 +54,9 @@ class PathPrior(PathLaw):
             and random times are added as further steps.
         solver: simulates, ``solver(drift, diffusion, start, times) -> states``, with times
             ``(num, *batch, 1)`` in increasing order along the first dim (equal ones occur), start
-            ``(*batch, dim)`` and states ``(num, *batch, dim)`` at these times.
+            ``(*batch, dim)`` and states ``(num, *batch, dim)`` at these times; Euler-Maruyama if
+            left out. One of :mod:`flowvi.samplers` is given as
+            ``lambda f, b, x, t: simulate(SDE(f, b), x, t.squeeze(-1), solver=...).states``.
 
     Shape:
         value: ``(*sample, *batch, size)``; log_prob: ``(*sample, *batch)``, in nats.

@@ -72,6 +72,7 @@ class FlowPath(Path):
         super().__init__(transform.input_dim, diffusion)
         self.map = transform
         self.context = context
+        # By name, since the enumeration belongs to the transforms, which paths do not import.
         self._forward_only = transform.cheap.name == "FORWARD"
 
     def transform(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

@@ -88,6 +88,7 @@ def test_marginals_agree(name, level):
     assert kolmogorov_smirnov(x, lambda x: cdf(schedule, end, x)) < 1.95 / NUM**0.5
 
 
+@pytest.mark.slow
 def test_the_test_sees_a_wrong_level():
     schedule = SCHEDULES["vp"]()
     family = target_path(schedule, 0.8).family()
@@ -100,6 +101,7 @@ def test_the_test_sees_a_wrong_level():
     assert kolmogorov_smirnov(x, lambda x: cdf(schedule, 0.9, x)) > 1.5 * 1.95 / NUM**0.5
 
 
+@pytest.mark.slow
 def test_marginals_agree_with_a_diffusion_of_the_state():
     schedule = SCHEDULES["linear log-snr"]()
     b = StateDiffusion(lambda x, t: 0.6 + 0.3 * (2 * x).sin(), elementwise=True)
