@@ -51,7 +51,7 @@ class BetaELBO(AnnealedObjective):
     References:
         Higgins et al. (2017), beta-VAE, ICLR, equation 4; Bowman et al. (2016), Generating
         sentences from a continuous space, arXiv:1511.06349, section 3.1; Sonderby et al. (2016),
-        Ladder variational autoencoders, arXiv:1602.02282, section 2.3.
+        Ladder variational autoencoders, arXiv:1602.02282.
 
     Example:
         >>> import pyro, pyro.distributions as dist

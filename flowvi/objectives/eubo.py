@@ -55,9 +55,9 @@ class EUBO(MultiSample):
             value, if the model has parameters, or, without ``draws``, if sites differ in scale.
 
     References:
-        Ji and Shen (2019), Stochastic variational inference via upper bound, arXiv:1912.00650,
-        equation 2; Bornschein and Bengio (2015), Reweighted wake-sleep, arXiv:1406.2751,
-        equation 8, for the weights.
+        Ji and Shen (2019), Stochastic variational inference via upper bound, arXiv:1912.00650;
+        Bornschein and Bengio (2015), Reweighted wake-sleep, arXiv:1406.2751, section 2, for the
+        weights.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -168,7 +168,7 @@ class ForwardKL(EUBO):
         NotImplementedError: as for :class:`EUBO`.
 
     References:
-        Bornschein and Bengio (2015), Reweighted wake-sleep, arXiv:1406.2751, equation 8.
+        Bornschein and Bengio (2015), Reweighted wake-sleep, arXiv:1406.2751, section 2.
 
     Example:
         >>> import pyro, pyro.distributions as dist

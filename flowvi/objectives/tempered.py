@@ -42,7 +42,7 @@ class Tempered(AnnealedObjective):
     References:
         Rezende and Mohamed (2015), Variational inference with normalizing flows,
         arXiv:1505.05770, equation 20 (with ``joint``); Mandt, McInerney, Abrol, Ranganath and
-        Blei (2016), Variational tempering, arXiv:1411.1810, equation 6.
+        Blei (2016), Variational tempering, arXiv:1411.1810.
 
     Example:
         >>> import pyro, pyro.distributions as dist

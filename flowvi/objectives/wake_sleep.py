@@ -81,9 +81,9 @@ class ReweightedWakeSleep(MultiSample):
             depend on the data, the model has a factor, or the place of the data is not known.
 
     References:
-        Bornschein and Bengio (2015), Reweighted wake-sleep, arXiv:1406.2751, equations 4, 8 and
-        9; Le, Kosiorek, Siddharth, Teh and Wood (2020), Revisiting reweighted wake-sleep,
-        arXiv:1805.10469, section 3.
+        Bornschein and Bengio (2015), Reweighted wake-sleep, arXiv:1406.2751, section 2; Le,
+        Kosiorek, Siddharth, Teh and Wood (2020), Revisiting reweighted wake-sleep for models with
+        stochastic control flow, arXiv:1805.10469, section 3.
 
     Example:
         >>> import pyro, pyro.distributions as dist
