@@ -296,6 +296,8 @@ def test_grid_of_each_series_holds_its_times():
     grid = law.times[:, :: latent.posterior.steps_per_interval]
     assert torch.equal(grid[mask], times[mask])
     assert bool((law.times.diff(dim=-1) >= 0).all())
+    steps = law.times.diff(dim=-1).unflatten(-1, (T - 1, 3))
+    assert torch.allclose(steps, grid.diff(dim=-1).unsqueeze(-1) / 3, atol=1e-12)
     # Padding after the last observation stands still.
     assert torch.equal(law.times[1, 9:], law.times[1, 9].expand(7))
 
