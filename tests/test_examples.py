@@ -25,6 +25,7 @@ SCRIPTS = {
 PRINTED = {
     "cnf_density": "integral",
     "cnf_posteriors": "Pareto k",
+    "compare": "Pareto k",
     "latent_sde": "path KL",
     "posteriors": "Pareto k",
     "sde_posteriors": "weighted",

@@ -1,16 +1,32 @@
 from __future__ import annotations
 
+import math
+
 import matplotlib
 import pytest
 import torch
 
 from flowvi import plots
+from flowvi.diagnostics import Comparison, ComparisonRow, GradientReport, GradientRow
+from flowvi.diagnostics.importance import Bound
 from flowvi.diagnostics.shifts import Shifts
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
+BOUND = Bound(-2.0, 0.1)
+ROWS = (
+    ComparisonRow("a", "ELBO", 8, 10, BOUND, False, BOUND, {10: Bound(-1.0, 0.1)}, 0.3, True,
+                  1.0, 0.5, 5, 3.0, 1.0),
+    ComparisonRow("a", "CUBO", 8, 10, Bound(1.0, 0.1), True, Bound(-1e9, 1.0), {}, math.inf),
+    ComparisonRow("b", "STL", 8, failure="NotImplementedError: " + 30 * "long "),
+)  # fmt: skip
+ESTIMATORS = tuple(
+    GradientRow(f"{kind} {k}", kind, k, 1.0, 2.0, 0.5 * k)
+    for kind in ("IWAE", "DReG")
+    for k in (1, 4)
+)
 LABELS = ["mu", "theta[0]", "theta[1]"]
 
 
@@ -34,6 +50,9 @@ CASES = {
     "elbo_trace, short": lambda ax=None: plots.elbo_trace(torch.tensor([3.0, 2.0, 1.0]), ax),
     "shift_errors": lambda ax=None: plots.shift_errors(_shifts(), ax),
     "drift_scores": lambda ax=None: plots.drift_scores(_shifts(), ax),
+    "comparison": lambda ax=None: plots.comparison(Comparison(ROWS, "10 steps", 0.0), ax),
+    "comparison, no evidence": lambda ax=None: plots.comparison(Comparison(ROWS, ""), ax),
+    "gradients": lambda ax=None: plots.gradients(GradientReport(ESTIMATORS, 3, 100, 2), ax),
     "pareto_k_bars": lambda ax=None: plots.pareto_k_bars({"a": 0.2, "b": float("inf")}, ax),
 }
 
@@ -80,5 +99,23 @@ def test_messages():
         plots.elbo_trace(torch.randn(5), window=1)
     with pytest.raises(ValueError, match="`losses` must hold at least 2 finite values; got 1"):
         plots.elbo_trace(torch.tensor([1.0, float("inf")]))
+    with pytest.raises(ValueError, match="`result` must hold at least one row"):
+        plots.comparison(Comparison((), ""))
+    with pytest.raises(ValueError, match="`report` must hold a finite signal-to-noise"):
+        plots.gradients(GradientReport((), 3, 100, 2))
     with pytest.raises(ValueError, match="`values` must hold at least one Pareto k"):
         plots.pareto_k_bars({})
+
+
+def test_comparison_shows_every_pair_and_where_its_bounds_are():
+    ax = plots.comparison(Comparison(ROWS, "", 0.0))
+    bounds, *_ = ax.child_axes
+    assert [t.get_text() for t in bounds.get_yticklabels()] == ["a", "ELBO", "CUBO", "b", "STL"]
+    points = [tuple(map(float, (*line.get_xdata(), line.get_ydata()[0])))
+              for line in bounds.lines
+              if line.get_marker() in ("o", "<") and len(line.get_xdata())]  # fmt: skip
+    # From the open circle of the ELBO to the filled one; 10,000 nats is as low as is drawn.
+    assert points[:2] == [(-2.0, 1.0), (-1.0, 1.0)]
+    assert (-1e4, 2.0) in points
+    assert (1.0, 2.0) in points
+    assert any(t.get_text().startswith("refused: long") for t in bounds.texts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,15 +174,22 @@ class Comparison:
                 last = row.guide
         lines = [f"Each pair: {self.budget}.", self._legend(), ""]
         lines.append(text_table(header, rows, num_left=2))
-        refused = [row for row in self.rows if row.failure]
-        if refused:
-            lines += ["", "Refused or broken off:"]
-            lines += [f"- {row.guide}, {row.objective}: {row.failure}" for row in refused]
-        noted = [(row, note) for row in self.rows for note in row.notes]
-        if noted:
-            lines += ["", "Notes:"]
-            lines += [f"- {row.guide}, {row.objective}: {note}" for row, note in noted]
+        for title, said in (
+            ("Refused or broken off", [(row, row.failure) for row in self.rows if row.failure]),
+            ("Notes", [(row, note) for row in self.rows for note in row.notes]),
+        ):
+            if said:
+                lines += ["", f"{title}:", *self._grouped(said)]
         return "\n".join(lines)
+
+    def _grouped(self, said: Sequence[tuple[ComparisonRow, str]]) -> list[str]:
+        """One line per guide and thing said, with the objectives it is said of."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for row, text in said:
+            groups.setdefault((row.guide, text), []).append(row.objective)
+        return [
+            f"- {guide} with {', '.join(names)}: {text}" for (guide, text), names in groups.items()
+        ]
 
     def _legend(self) -> str:
         text = (

@@ -179,5 +179,7 @@ def _flat_gradient(
     params: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     loss = objective.differentiable_loss(model, guide, *args, **kwargs)
+    if not loss.requires_grad:
+        return loss, loss.new_zeros(sum(p.numel() for p in params), dtype=torch.float64)
     grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
     return loss.detach(), torch.cat([g.flatten() for g in grads]).double()
