@@ -172,7 +172,7 @@ def train(pair: Pair, num_steps: int) -> Pair:
     """Stock SVI with 32 paths for each step."""
     pyro.clear_param_store()
     optim = pyro.optim.ClippedAdam(
-        {"lr": 1e-2, "lrd": 0.05 ** (1 / num_steps), "clip_norm": 100.0}
+        {"lr": 2e-2, "lrd": 0.05 ** (1 / num_steps), "clip_norm": 100.0}
     )
     svi = SVI(pair.model, pair.guide, optim, ELBO(32, max_plate_nesting=1))
     for _ in tqdm(range(num_steps), leave=False):
@@ -230,7 +230,7 @@ def panel(ax: plt.Axes, problem: Problem, exact: Tensor, states: Tensor) -> None
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-steps", type=int, default=700, help="optimiser steps")
+    parser.add_argument("--num-steps", type=int, default=1000, help="optimiser steps")
     parser.add_argument("--smoke-test", action="store_true", help="a few steps only, for tests")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder for results")
     return parser.parse_args()

@@ -13,6 +13,10 @@ from flowvi.paths.sde import Drift
 __all__ = ["DriftMLP"]
 
 
+# Of the features that grow before an observation, per unit of time.
+_RATES = (4.0, 32.0)
+
+
 class DriftMLP(Drift):
     r"""Fully connected drift whose shares of time and context enter the first layer.
 
@@ -63,7 +67,8 @@ class DriftMLP(Drift):
         self.layers = nn.ModuleList(others)
         self.activation = activation()
         if time_dependent:
-            self.time_layer = nn.Linear(2 if context_dim else 1, sizes[1], bias=False)
+            num_features = 2 + len(_RATES) if context_dim else 1
+            self.time_layer = nn.Linear(num_features, sizes[1], bias=False)
         if context_dim:
             self.context_layer = nn.Linear(context_dim, sizes[1], bias=False)
 
@@ -126,13 +131,24 @@ class _BoundDrift(Drift):
             index, until = next_of(self.at, t)
             shift = pick(self.shift, index)
         if network.time_dependent:
-            both = torch.cat([t.expand_as(until), until], -1)
-            return shift + (bias + network.time_layer(both))
+            return shift + (bias + network.time_layer(time_features(t, until)))
         both = torch.broadcast_shapes(shift.shape[:-1], t.shape[:-1])
         return (shift + bias).expand(*both, -1)
 
     def given(self, x: Tensor, time: Tensor) -> Tensor:
         return self.network.given(x, time)
+
+
+def time_features(t: Tensor, until: Tensor) -> Tensor:
+    """Time, time left to the next observation, and functions that grow sharply just before it.
+
+    The drift of a process tied to an observation grows like one over the time that is left.
+
+    Shape:
+        t, until: ``(*batch, 1)``; result: ``(*batch, 4)``.
+    """
+    sharp = [1 / (1 + rate * until) for rate in _RATES]
+    return torch.cat([t.expand_as(until), until, *sharp], -1)
 
 
 def next_of(at: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

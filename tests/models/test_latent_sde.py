@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -25,6 +26,7 @@ from flowvi.models import (
     SimulatedLatent,
     SimulationFreeLatent,
 )
+from flowvi.models.latent_posteriors import between
 from flowvi.objectives import ELBO, IWAE
 from flowvi.paths import SDE, StateDiffusion
 from flowvi.samplers import Milstein, StochasticHeun, TorchSDE
@@ -290,6 +292,26 @@ def test_forecast_follows_the_prior():
     assert float(states.var()) == pytest.approx(0.18, rel=4 * (2 / 8000) ** 0.5 + 0.01)
 
 
+def test_forecast_is_at_the_asked_times():
+    posterior = SimulatedLatent(None, ENCODERS["recurrent"](), 1, solver=StochasticHeun())
+    latent = linear_gaussian(posterior, None)
+    data, times = series(True, False)
+    at = times[:, -1:] + torch.tensor([0.0, 0.3, 0.35, 1.0])
+    states = latent.forecast(data, times, at, num_samples=3, steps_per_interval=50).states
+    decay = torch.exp(-torch.tensor([0.0, 0.3, 0.35, 1.0])).unsqueeze(-1)
+    assert torch.allclose(states, states[..., :1, :] * decay, rtol=1e-4)
+
+
+@pytest.mark.parametrize("per_item", [False, True])
+def test_contexts_are_interpolated_linearly(per_item: bool):
+    at, rows = torch.tensor([0.1, 0.4, 0.5, 1.0]), torch.randn(2, 4, 1)
+    t = torch.linspace(0, 1.2, 37)
+    found = between(at.expand(2, -1) if per_item else at, rows, t.reshape(-1, 1, 1))
+    for i in range(2):
+        expected = numpy.interp(t.numpy(), at.numpy(), rows[i, :, 0].numpy())
+        assert torch.allclose(found[:, i, 0], torch.as_tensor(expected))
+
+
 def test_grid_of_each_series_holds_its_times():
     latent, (data, times, mask) = build("recurrent"), series(True, True)
     law = latent.posterior.law(latent.process, data, latent._settle(data, times, mask), mask)
@@ -331,7 +353,8 @@ def test_drift_uses_the_context_of_the_next_time(per_item: bool):
     for t, index in ((0.0, 1), (0.49, 1), (0.5, 2), (0.9, 2), (1.0, 2), (1.5, 2)):
         shift = drift.context_layer(context[:, index])
         until = max(float(at[index]) - t, 0.0)
-        h = x @ drift.first + drift.bias + drift.time_layer(torch.tensor([t, until])) + shift
+        features = [t, until, 1 / (1 + 4 * until), 1 / (1 + 32 * until)]
+        h = x @ drift.first + drift.bias + drift.time_layer(torch.tensor(features)) + shift
         expected = drift.layers[0](nn.functional.softplus(h))
         assert torch.allclose(bound(x, torch.full((4, 1), t)), expected)
         grid = torch.full((2, 1, 1), t)
