@@ -1,6 +1,6 @@
 """Test log-likelihood, function evaluations and time of continuous flows on 2-D toys.
 
-Four flows see the same batches in turn: flowvi's plain, flowvi's with the penalties of RNODE on
+Three flows see the same batches in turn: flowvi's plain, flowvi's with the penalties of RNODE on
 its paths, and zuko's, all with one field of the same widths, activation and time features, Adam
 and one learning-rate schedule. Afterwards all are evaluated by one and the same adaptive solver.
 """
@@ -8,6 +8,7 @@ and one learning-rate schedule. Afterwards all are evaluated by one and the same
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -173,6 +174,8 @@ def main() -> None:
     parser.add_argument("--jacobian", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without-zuko", action="store_true")
+    parser.add_argument("--without-penalties", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="keep other results of the file")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "cnf_density.json"
     )
@@ -181,16 +184,22 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     pyro.enable_validation(False)
     torch.set_num_threads(1)
-    results = {}
+    kept = args.keep and args.out.exists()
+    results = json.loads(args.out.read_text("utf-8"))["results"] if kept else {}
     for toy in args.toys:
-        results[toy] = run(toy, args)
-        columns = list(next(iter(results[toy].values())))
-        rows = [[name, *(str(r[c]) for c in columns)] for name, r in results[toy].items()]
+        found = run(toy, args)
+        results[f"{toy}, {args.num_steps} steps"] = found
+        columns = list(next(iter(found.values())))
+        rows = [[name, *(str(r[c]) for c in columns)] for name, r in found.items()]
         print(f"\n{toy}\n\n" + table(["", *columns], rows), flush=True)
+        save(results, args)
+
+
+def save(results: dict[str, Any], args: argparse.Namespace) -> None:
+    """Write the results so far, with the setting."""
     setting = {
         "hidden": HIDDEN,
         "batch": args.batch,
-        "steps": args.num_steps,
         "lr": args.lr,
         "training solver": f"RK4, {args.solver_steps} steps (flowvi); adaptive, 1e-5 (zuko)",
         "evaluation": f"torchdiffeq dopri5, rtol = atol = {TOLERANCE}, for all",

@@ -42,7 +42,8 @@ class Posterior:
         model: the Pyro model.
         args: its data.
         log_evidence: in nats.
-        num_steps: largest number of steps.
+        num_steps: number of steps.
+        num_particles: draws per step of the default objective.
         objective: what to maximise; the default of ``fit`` if None.
         log_density: of the two coordinates of site ``z``, for the picture.
     """
@@ -51,6 +52,7 @@ class Posterior:
     args: tuple
     log_evidence: float
     num_steps: int
+    num_particles: int = 128
     objective: Objective | None = None
     log_density: Callable[[Tensor], Tensor] | None = None
 
@@ -103,7 +105,7 @@ def credit(path: Path) -> Posterior:
     x = np.concatenate([np.ones((len(x), 1)), x], axis=1)
     # The log-evidence is from importance sampling, with a standard error of 0.001.
     return Posterior(
-        credit_model, (torch.tensor(x), torch.tensor(table[:, 24] - 1)), -585.099, 300
+        credit_model, (torch.tensor(x), torch.tensor(table[:, 24] - 1)), -585.099, 150
     )
 
 
@@ -112,21 +114,23 @@ def posteriors(german: Path | None) -> dict[str, Posterior]:
     like = torch.zeros((), dtype=torch.float64)
     problem = funnel(torch.float64)
     found = {
-        "funnel": Posterior(problem.model, problem.args, 0.0, 1500),
+        "funnel": Posterior(problem.model, problem.args, 0.0, 900, 512),
         "banana": Posterior(
             banana_model,
             (like,),
             log_integral(banana_log_density),
-            500,
+            400,
             log_density=banana_log_density,
         ),
         "two moons": Posterior(
             moons_model,
             (like,),
             log_integral(moons_log_density),
-            800,
-            Tempered(128, beta=GeometricSchedule(400, start=0.05), joint=True, path_gradient=True),
-            moons_log_density,
+            700,
+            objective=Tempered(
+                128, beta=GeometricSchedule(400, start=0.05), joint=True, path_gradient=True
+            ),
+            log_density=moons_log_density,
         ),
     }
     if german is not None:
@@ -146,7 +150,8 @@ def run(posterior: Posterior, num_steps: int, num_particles: int, seed: int) -> 
         num_steps=num_steps,
         num_particles=num_particles,
         seed=seed,
-        lr=2e-2,
+        lr=1.5e-2,
+        tolerance=None,
         progress_bar=False,
     )
 
@@ -216,7 +221,9 @@ def main() -> None:
     )
     for name in names:
         posterior = found[name]
-        num_steps, num_particles = (3, 8) if args.smoke_test else (posterior.num_steps, 128)
+        num_steps, num_particles = posterior.num_steps, posterior.num_particles
+        if args.smoke_test:
+            num_steps, num_particles = 3, 8
         for seed in args.seeds:
             result = run(posterior, num_steps, num_particles, seed)
             lines.append(describe(name, posterior, result, seed))
