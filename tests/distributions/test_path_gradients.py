@@ -15,7 +15,7 @@ from flowvi.distributions import PathPosterior, PathPrior, SDEPath
 from flowvi.objectives import ELBO, STL
 from flowvi.paths import BrownianBridge, DensityTimes, GaussianPath, UniformTimes
 
-REPEATS, ITEMS = 150, 64
+REPEATS, ITEMS = 100, 64
 START = {
     "a0": 0.3, "a1": -0.8, "a2": 0.5, "b0": -0.5, "b1": 0.4, "d0": -0.3, "d1": 0.6,
     "w": -0.7, "u": 0.9, "m0": 0.2, "s0": 0.1,
@@ -89,7 +89,7 @@ def test_gradients_are_unbiased(name):
     want = torch.stack(torch.autograd.grad(divergence(p, y), list(p.values())))
     error = grads.std(0) / REPEATS**0.5
     z = (grads.mean(0) - want) / error
-    # 11 parameters at 4 standard errors of 150 repetitions.
+    # 11 parameters at 4 standard errors of 100 repetitions.
     assert z.abs().max() < 4, dict(zip(p, z.tolist(), strict=True))
     assert (want.abs() > 5 * error).sum() >= 8
 

@@ -65,7 +65,7 @@ def kolmogorov_smirnov(draws: torch.Tensor, cdf) -> float:
     return float(torch.maximum(up, f - torch.arange(n) / n).max())
 
 
-def run(family: ProcessFamily, level: float, x: torch.Tensor, start: float, end: float, steps=80):
+def run(family: ProcessFamily, level: float, x: torch.Tensor, start: float, end: float, steps=60):
     """Euler-Maruyama, written here: the laws' own loop is not what is tested."""
     times = torch.linspace(start, end, steps + 1)
     with torch.no_grad():
