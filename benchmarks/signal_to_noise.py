@@ -62,7 +62,7 @@ def main() -> None:
     objectives |= {f"VIMCO {k}": VIMCO(k) for k in PARTICLES if k > 1}
     report = gradient_report(
         model, encoder, objectives, x,
-        num_repeats=40 if args.quick else 300, num_reference=2, seed=0,
+        num_repeats=20 if args.quick else 60, num_reference=2, seed=0,
     )  # fmt: skip
     print(report)
     ax = plots.gradients(report)

@@ -25,6 +25,8 @@ __all__ = ["GradientReport", "GradientRow", "gradient_report"]
 
 # Estimators of a bound that has a plainer, unbiased estimator.
 _PLAIN = {STL: ELBO, DReG: IWAE, STLIWAE: IWAE, VIMCO: IWAE}
+# Unbiased estimators of one bound have one expected gradient; that of IWAE depends on K.
+_ONE_BOUND = {"ELBO": "ELBO", "STL": "ELBO", "IWAE": "IWAE", "DReG": "IWAE", "VIMCO": "IWAE"}
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class GradientRow:
         num_particles: draws per gradient.
         norm: norm of the expected gradient, in nats per unit of the parameters, noise taken away.
         sd: root of the trace of one gradient's covariance, in the same unit.
-        signal_to_noise: ``norm / sd`` of one gradient; below ``num_repeats ** -0.5`` it cannot
-            be told from 0.
+        signal_to_noise: ``norm / sd`` of one gradient. Unbiased estimators of one bound (ELBO and
+            STL; IWAE, DReG and VIMCO of one K) share the norm that the least noisy of them gives.
+        floor: signal-to-noise below which it cannot be told from 0 with so many repeats.
         bias: norm of the mean gradient minus that of the reference, noise taken away; at least 0,
             and NaN for an objective that is its own reference.
         bias_z: size of that difference in units of what noise alone gives on average (1: none).
@@ -55,6 +58,7 @@ class GradientRow:
     norm: float = math.nan
     sd: float = math.nan
     signal_to_noise: float = math.nan
+    floor: float = math.nan
     bias: float = math.nan
     bias_z: float = math.nan
     milliseconds: float = math.nan
@@ -110,9 +114,8 @@ class GradientReport:
         return "\n".join(lines)
 
     def _signal(self, row: GradientRow) -> str:
-        floor = self.num_repeats**-0.5
-        if row.signal_to_noise < floor:
-            return f"< {number(floor, 1)}"
+        if row.signal_to_noise < row.floor:
+            return f"< {number(row.floor, 1)}"
         return number(row.signal_to_noise)
 
 
@@ -198,7 +201,7 @@ def gradient_report(
             first = found if first is None else first
             rows.append(_row(start, found, against, first))
     size = sum(t.numel() for t in params.values())
-    return GradientReport(tuple(rows), size, num_repeats, num_reference)
+    return GradientReport(_share_signal(rows), size, num_repeats, num_reference)
 
 
 def _check(
@@ -242,12 +245,40 @@ def _row(
         norm=found.norm,
         sd=found.sd,
         signal_to_noise=found.signal_to_noise,
+        floor=found.num_repeats**-0.5,
         bias=bias,
         bias_z=z,
         milliseconds=found.milliseconds,
         cost=found.variance * found.milliseconds / base if base > 0 else math.nan,
         num_bad=found.num_bad,
     )
+
+
+def _share_signal(rows: list[GradientRow]) -> tuple[GradientRow, ...]:
+    """Give estimators of one bound the norm that the least noisy of them found."""
+    best: dict[tuple, GradientRow] = {}
+    for row in rows:
+        if not row.failure and row.kind in _ONE_BOUND:
+            key = _bound_of(row)
+            best[key] = min(row, best.get(key, row), key=lambda r: r.sd)
+    shared = []
+    for row in rows:
+        found = best.get(_bound_of(row))
+        if found is not None and row.sd > 0 and not row.failure:
+            ratio = found.sd / row.sd
+            row = replace(
+                row,
+                norm=found.norm,
+                signal_to_noise=found.norm / row.sd,
+                floor=ratio * found.floor,
+            )
+        shared.append(row)
+    return tuple(shared)
+
+
+def _bound_of(row: GradientRow) -> tuple:
+    bound = _ONE_BOUND.get(row.kind)
+    return bound, row.num_particles if bound == "IWAE" else 0
 
 
 def _bias(found: Moments, reference: Moments) -> tuple[float, float]:

@@ -64,8 +64,8 @@ def comparison(result: Comparison, ax: Axes | None = None) -> Axes:
 def gradients(report: GradientReport, ax: Axes | None = None) -> Axes:
     """Signal-to-noise of gradient estimators against their number of particles.
 
-    One line per class of objective on logarithmic axes. What lies in the grey band cannot be
-    told from zero with the number of gradients of the report.
+    One line per class of objective on logarithmic axes. Open markers cannot be told from zero
+    with the number of gradients of the report.
 
     Args:
         report: what :func:`flowvi.diagnostics.gradient_report` gave.
@@ -74,26 +74,26 @@ def gradients(report: GradientReport, ax: Axes | None = None) -> Axes:
     Raises:
         ValueError: if no estimator has a finite signal-to-noise.
     """
-    series: dict[str, list[tuple[int, float]]] = {}
+    series: dict[str, list[tuple[int, float, bool]]] = {}
     for row in report.rows:
         if math.isfinite(row.signal_to_noise):
-            series.setdefault(row.kind, []).append((row.num_particles, row.signal_to_noise))
+            sure = not row.signal_to_noise < row.floor
+            point = (row.num_particles, row.signal_to_noise if sure else row.floor, sure)
+            series.setdefault(row.kind, []).append(point)
     if not series:
         raise ValueError("`report` must hold a finite signal-to-noise; got none.")
     ax = axes_for(ax)
-    floor = report.num_repeats**-0.5
-    values = [value for points in series.values() for _, value in points if value > 0]
-    bottom = min([floor, *values]) / 1.5
-    ax.axhspan(bottom / 10, floor, color=GREY, alpha=0.15, lw=0)
     for index, (kind, points) in enumerate(series.items()):
         points.sort()
         color, marker = COLORS[index % len(COLORS)], "os^Dv<>"[index % 7]
-        x, y = [k for k, _ in points], [max(value, bottom) for _, value in points]
+        x, y, _ = zip(*points, strict=True)
         ax.plot(x, y, "-" + marker, color=color, ms=5, lw=1.4, label=kind)
+        open_ones = [(k, v) for k, v, known in points if not known]
+        if open_ones:
+            ax.plot(*zip(*open_ones, strict=True), marker, color=color, mfc="white", ms=5)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.set_ylim(bottom=bottom)
-    particles = sorted({k for points in series.values() for k, _ in points})
+    particles = sorted({point[0] for points in series.values() for point in points})
     ax.set_xticks(particles, [str(k) for k in particles])
     ax.minorticks_off()
     ax.set(xlabel="particles K", ylabel="signal-to-noise of one gradient")
