@@ -47,7 +47,7 @@ PLAIN, RECURSION, INVERSION, PASSES, ZUKO = (
     "STL, inversion by D passes",
     "zuko, inversion",
 )
-BATCHES = (32, 128)  # the second is what fit takes by default
+BATCHES = (32, 256)
 
 
 def build(kind: str, dim: int) -> Flow:
