@@ -9,19 +9,26 @@ __all__ = ["check_series", "refine", "settle_times"]
 
 
 def settle_times(times: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
-    """Times that never decrease: one that is masked repeats the last one that counts.
+    """Times that never decrease, whatever stands at masked places.
+
+    Between two observations that count a masked time is kept within them; before the first and
+    after the last one, where it may be padding, theirs is repeated.
 
     Args:
-        times: ``(T,)`` or ``(*batch, T)``; what stands at masked places does not matter.
+        times: ``(T,)`` or ``(*batch, T)``.
         mask: ``(*batch, T)``, boolean, or None.
         like: tensor that shows dtype and device.
     """
     times = times.to(like)
     if mask is None:
         return times
-    # Before the first observation that counts, its time is repeated.
-    early = torch.where(mask, times, torch.inf).amin(-1, keepdim=True)
-    return torch.where(mask, times, -torch.inf).cummax(-1).values.maximum(early)
+    counted = torch.where(mask, times, torch.inf)
+    low = torch.where(mask, times, -torch.inf).cummax(-1).values
+    low = low.maximum(counted.amin(-1, keepdim=True))
+    high = counted.flip(-1).cummin(-1).values.flip(-1)
+    high = torch.where(high < torch.inf, high, low)
+    kept = torch.where(times.isfinite(), times, low)
+    return kept.minimum(high).maximum(low).cummax(-1).values
 
 
 def refine(times: Tensor, num_steps: int) -> Tensor:

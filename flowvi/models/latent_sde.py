@@ -128,8 +128,8 @@ class LatentSDE(nn.Module):
 
     Shape:
         data: ``(B, T, data_dim)``; times: ``(T,)``, or ``(B, T)`` for irregular series; mask:
-        ``(B, T)``, true where there is an observation. Values, data and times, at masked places
-        do not matter.
+        ``(B, T)``, true where there is an observation. Data at masked places do not matter, nor
+        do times after the last observation of a series or before its first.
 
     Raises:
         ValueError: if shapes do not match; with Pyro's validation on also if times are not

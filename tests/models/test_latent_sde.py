@@ -163,9 +163,7 @@ def kalman(data: Tensor, times: Tensor, mask: Tensor, noise: float, steps: int) 
 def test_importance_weighting_reaches_the_kalman_filter_on_irregular_series():
     data, times, mask = series(True, True)
     data = 0.3 * data
-    mask[2, 2] = (
-        True  # an observation missing inside coarsens the grid, which Kalman here does not
-    )
+    mask[2, 2] = True  # the filter below steps from one observation to the next
     data[2, 2] = 0.3
     drift = DriftMLP(1, (4,), 3)
     posterior = SimulatedLatent(
@@ -317,6 +315,9 @@ def test_grid_of_each_series_holds_its_times():
     law = latent.posterior.law(latent.process, data, latent._settle(data, times, mask), mask)
     grid = law.times[:, :: latent.posterior.steps_per_interval]
     assert torch.equal(grid[mask], times[mask])
+    # So does the time of a value that is missing between others.
+    assert not mask[2, 2]
+    assert torch.equal(grid[2], times[2])
     assert bool((law.times.diff(dim=-1) >= 0).all())
     steps = law.times.diff(dim=-1).unflatten(-1, (T - 1, 3))
     assert torch.allclose(steps, grid.diff(dim=-1).unsqueeze(-1) / 3, atol=1e-12)

@@ -77,8 +77,8 @@ def test_trained_guides_are_close(example: ModuleType, name: str):
     exact = example.reference(problem)
     even = torch.full_like(weights, 1 / len(weights))
     mean, log_sd = example.errors(problem, exact, states, even)
-    assert mean < 0.6
-    assert log_sd < 0.6
+    assert mean < 0.9
+    assert log_sd < 0.9
     mean, log_sd = example.errors(problem, exact, states, weights)
-    assert mean < 0.3
-    assert log_sd < 0.3
+    assert mean < 0.45
+    assert log_sd < 0.45
