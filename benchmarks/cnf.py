@@ -248,7 +248,7 @@ def measure(dim: int, repeats: int, compiled: bool) -> dict[str, dict[str, Any]]
         for column, function in timed(entry, data).items()
         if function is not None
     }
-    timings = interleave(functions, repeats, slow=10.0)
+    timings = interleave(functions, repeats)
     for (column, name), timing in timings.items():
         rows[name][column] = timing.record()
     return rows
@@ -292,6 +292,7 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--quick", action="store_true", help="dimension 2, three repeats")
+    parser.add_argument("--eager", action="store_true", help="nothing compiled")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     args = parser.parse_args()
     name = "cnf-quick.json" if args.quick else "cnf.json"
@@ -301,7 +302,9 @@ def main() -> None:
     torch.manual_seed(0)
     results = []
     for dim in args.dims or ([2] if args.quick else [2, 16]):
-        rows = measure(dim, args.repeats or (3 if args.quick else 7), not args.quick)
+        rows = measure(
+            dim, args.repeats or (3 if args.quick else 7), not (args.quick or args.eager)
+        )
         report(dim, rows)
         results.append({"dim": dim, "entries": rows, "ratios": ratios(rows)})
     setting = {"hidden": HIDDEN, "batch": BATCH, "tolerance": TOLERANCE, "dtype": "float32"}

@@ -134,7 +134,7 @@ class Adaptive(Solver):
         widths = len(state)
 
         def function(t: Tensor, blocks: list[Tensor]) -> list[Tensor]:
-            parts = tuple(block.view(*batch, -1) for block in blocks[:widths])
+            parts = tuple(b.view(x.shape) for b, x in zip(blocks, state, strict=False))
             rates, integrands = dynamics.rates_and_integrands(dynamics.instant(t), parts)
             return [*rates, *integrands]
 
@@ -148,7 +148,7 @@ class Adaptive(Solver):
         blocks += [Block(torch.zeros_like(g).reshape(-1, 1)) for g in integrands]
         ends, count = solve_adaptively(function, blocks, start, end, self.tolerance)
         return Solution(
-            tuple(part.view(*batch, -1) for part in ends[:widths]),
+            tuple(e.view(x.shape) for e, x in zip(ends, state, strict=False)),
             tuple(part.view(batch) for part in ends[widths:]),
             count + 1,
         )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flowvi.transforms._dynamics import Dynamics, Instant, State
@@ -126,14 +127,10 @@ class FixedStep(Solver):
             and torch.is_grad_enabled()
             and _hooks_allowed()
         ):
+            compiling = torch.compiler.is_compiling()
+            run = self._run if compiling else _replayable(self, dynamics)
             return checkpoint(
-                self._run,
-                dynamics,
-                instants,
-                state,
-                h,
-                use_reentrant=False,
-                preserve_rng_state=False,
+                run, dynamics, instants, state, h, use_reentrant=False, preserve_rng_state=False
             )
         return self._run(dynamics, instants, state, h)
 
@@ -206,6 +203,29 @@ class DormandPrince(FixedStep):
         (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
     )
     weights = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
+
+
+class _Run(nn.Module):
+    """A segment of a solve as a module, so that its parameters can be replaced."""
+
+    def __init__(self, solver: FixedStep, dynamics: Dynamics) -> None:
+        super().__init__()
+        self.solver = solver
+        self.field = dynamics.field
+
+    def forward(self, *args: object) -> tuple[State, tuple[Tensor, ...]]:
+        return self.solver._run(*args)
+
+
+def _replayable(solver: FixedStep, dynamics: Dynamics) -> Callable:
+    """A segment that is computed again with the parameters that it had the first time.
+
+    They may have been replaced by others for a while, as when a density is scored with constant
+    parameters; the second time is during the backward pass, when that is over.
+    """
+    module = _Run(solver, dynamics)
+    parameters = dict(module.named_parameters())
+    return lambda *args: torch.func.functional_call(module, parameters, args)
 
 
 def _advance(state: State, rates: list[State], weights: tuple[float, ...], h: float) -> State:
