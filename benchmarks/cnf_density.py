@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,9 @@ def zuko_flow() -> Contestant:
 def contestants(args: argparse.Namespace) -> Iterator[tuple[str, Contestant]]:
     penalties = (KineticEnergy(args.kinetic), JacobianNorm(args.jacobian))
     yield "flowvi", flowvi_flow(args.solver_steps, ELBO)
-    yield (
-        "flowvi, regularised",
-        flowvi_flow(args.solver_steps, lambda: Regularized(ELBO(), *penalties)),
-    )
+    if not args.without_penalties:
+        regularised = partial(Regularized, ELBO(), *penalties)
+        yield "flowvi, regularised", flowvi_flow(args.solver_steps, regularised)
     if not args.without_zuko:
         yield "zuko", zuko_flow()
 
