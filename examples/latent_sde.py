@@ -222,7 +222,7 @@ def mocap_model(smoke_test: bool, substeps: int) -> LatentSDE:
     dim, context_dim, width, data_dim = 6, 3, 8 if smoke_test else 30, 50
     process = SDE(
         DriftMLP(dim, (width,), time_dependent=False),
-        StateDiffusion(Elementwise(dim, width, 1.0), elementwise=True),
+        StateDiffusion(Elementwise(dim, width, 0.3), elementwise=True),
     )
     encoder = FirstFramesEncoder(data_dim, context_dim + dim, FRAMES_SEEN, (width,))
     drift = DriftMLP(dim, (width,), context_dim + dim, time_dependent=False)
@@ -244,7 +244,7 @@ def forecast_errors(latent: LatentSDE, series: Series, num_samples: int) -> tupl
 def run_mocap(args: argparse.Namespace) -> None:
     """Train on 16 walks, choose the iterate on 3, report the error on 4."""
     train_set, val_set, test_set = mocap(args.data)
-    num_steps = 2 if args.smoke_test else args.num_steps or 400
+    num_steps = 2 if args.smoke_test else args.num_steps or 800
     draws, results = 2 if args.smoke_test else 50, []
     for seed in range(args.seeds):
         torch.manual_seed(seed)
@@ -269,9 +269,9 @@ def run_mocap(args: argparse.Namespace) -> None:
             train_set,
             num_steps,
             lr=0.01,
-            decay=0.999,
+            decay=0.998,
             anneal=200,
-            length=lambda step: 40 + 6 * step // 5,
+            length=lambda step: 40 + step // 2,
             look=look,
         )
         latent.load_state_dict(best[2])
