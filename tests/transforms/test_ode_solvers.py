@@ -337,9 +337,8 @@ def test_too_many_evaluations_degrade_with_a_warning():
 
 def test_adjoint_that_cannot_be_solved_backwards_degrades():
     """Forwards this field forgets, so backwards it explodes."""
-    field = FunctionField(1, torch.nn.Module())
+    field = FunctionField(1, lambda t, x: -field.rate * (x - (3 * t).cos()))
     field.rate = torch.nn.Parameter(torch.tensor(60.0))
-    field.function = lambda t, x: -field.rate * (x - (3 * t).cos())
     solver = Adaptive(rtol=1e-6, atol=1e-6, max_nfe=900, adjoint=True)
     x = torch.randn(4, 1, requires_grad=True)
     y = Continuous(field, solver=solver, name="decay")(x)
