@@ -295,6 +295,7 @@ class _Penalised(Dynamics):
     def __init__(self, dynamics: Dynamics, terms: Sequence[Term]) -> None:
         # Everything is that of the dynamics given, which has prepared its field already.
         self.inner = dynamics
+        self.can_recompute = dynamics.can_recompute
         self.problem, self.field, self.prepared = (
             dynamics.problem,
             dynamics.field,

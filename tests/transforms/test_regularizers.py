@@ -206,6 +206,19 @@ def test_value_and_score_are_what_they_are_without():
     assert torch.autograd.grad(kinetic.sum() + norm.sum(), flow.field.matrix)[0].isfinite().all()
 
 
+def test_checkpointed_score():
+    torch.manual_seed(5)
+    field = Linear(2)
+    x, score = torch.randn(4, 2), torch.randn(4, 2)
+    results = []
+    for checkpointed in (False, True):
+        flow = Continuous(field, solver=RK4(4, checkpointed=checkpointed))
+        with collect_penalties([KineticEnergy()]) as found:
+            results.append((*flow.call_ladj_and_score(x, score), found[0].values[0]))
+    for plain, kept in zip(*results, strict=True):
+        torch.testing.assert_close(plain, kept)
+
+
 def test_what_is_not_collected():
     flow = Continuous(Linear(2), ExactDivergence(), RK4(5))
     x = torch.randn(3, 2)
