@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import matplotlib
 import pytest
@@ -119,3 +120,16 @@ def test_comparison_shows_every_pair_and_where_its_bounds_are():
     assert (-1e4, 2.0) in points
     assert (1.0, 2.0) in points
     assert any(t.get_text().startswith("refused: long") for t in bounds.texts)
+
+
+@pytest.mark.parametrize("slowest", [30.0, 2e3, 4e7])
+def test_comparison_has_few_round_ticks_on_a_logarithmic_axis(slowest: float):
+    rows = [replace(ROWS[0], milliseconds=ms) for ms in (3.3, slowest)]
+    ax = plots.comparison(Comparison(tuple(rows), "", 0.0))
+    panel = ax.child_axes[-1]
+    assert panel.get_xlabel() == "ms per step"
+    labels = [text.get_text() for text in panel.get_xticklabels()]
+    assert panel.get_xscale() == "log"
+    assert 1 <= len(labels) <= 4
+    assert all(3.3 <= float(label) <= slowest for label in labels)
+    assert not panel.get_xticks(minor=True).size

@@ -190,7 +190,20 @@ def _log_if_wide(panel: Axes) -> None:
     positive = [v for v in values if v > 0]
     if positive and len(positive) == len(values) and max(positive) > 8 * min(positive):
         panel.set_xscale("log")
+        ticks = _round_numbers(min(positive), max(positive))
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.minorticks_off()
     else:
         few_ticks(panel)
         panel.set_yticks([])
         panel.set_xlim(left=0)
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """At most four of 1, 2 and 5 times a power of ten, from ``low`` to ``high``."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [d * 10.0**p for p in powers for d in digits if low <= d * 10.0**p <= high]
+        if len(ticks) <= 4:
+            return ticks
+    return ticks[:: math.ceil(len(ticks) / 4)]
