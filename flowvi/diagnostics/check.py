@@ -37,6 +37,7 @@ from flowvi.infer.draws import Draws, guide_draws
 from flowvi.infer.modes import Mode
 from flowvi.infer.start import warm_start
 from flowvi.infer.target import Target
+from flowvi.objectives.weights import log_mean_exp
 
 __all__ = ["Check", "check"]
 
@@ -260,7 +261,7 @@ def _bounds(log_weights: Tensor, ess: float) -> dict[int, Bound]:
     for num_particles in _PARTICLES:
         if num_particles <= num_draws // 10:
             bounds[num_particles] = iw_elbo(log_weights, num_particles)
-    value = float(log_weights.double().logsumexp(0)) - math.log(num_draws)
+    value = float(log_mean_exp(log_weights.double()))
     bounds[num_draws] = Bound(value, math.sqrt(max(1 / ess - 1 / num_draws, 0.0)))
     return bounds
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from flowvi.infer.draws import Draws
 from flowvi.infer.modes import Mode
 from flowvi.infer.target import Target
+from flowvi.objectives.weights import log_mean_exp
 
 __all__ = ["ModeCoverage", "mode_coverage"]
 
@@ -72,7 +73,7 @@ def mode_coverage(
         z = loc + torch.randn(num_draws, len(loc), dtype=kept.dtype, device=kept.device) @ tril.T
         log_p, _ = target.log_prob_and_grad(z)
         log_w = log_p + _log_shares(z, modes)[:, k] - _log_normal(z, mode)
-        log_mass.append(log_w.logsumexp(0) - math.log(num_draws))
+        log_mass.append(log_mean_exp(log_w))
     log_mass = torch.stack(log_mass)
     return ModeCoverage(
         modes=tuple(modes),

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pyro.distributions import Distribution, TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from flowvi.distributions.flow import check_expand
+from flowvi.distributions._process_law import ProcessLaw
 from flowvi.distributions.path_draw import PathDraw, PathLayout
 from flowvi.paths.base import Path
 from flowvi.paths.times import TimeLaw, UniformTimes
@@ -18,13 +17,12 @@ from flowvi.transforms.base import common_shape
 __all__ = ["PathLaw"]
 
 
-class PathLaw(TorchDistribution):
+class PathLaw(ProcessLaw):
     """Base of the path laws: the layout of a draw, the observation times, expansion.
 
     Bounds that exponentiate log-weights refuse sites of such a law by ``is_log_ratio_estimate``.
     """
 
-    arg_constraints: dict = {}
     support = constraints.real_vector
     is_log_ratio_estimate = True
 
@@ -60,33 +58,8 @@ class PathLaw(TorchDistribution):
         """The named parts of a drawn value: start, time, state, drift, end and the rest."""
         return self.layout.unpack(value)
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        with torch.no_grad():
-            return self._draw(torch.Size(sample_shape))
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        if not self.has_rsample:
-            raise NotImplementedError(
-                "`start` has no reparameterised draw, so the path has none. Use sample."
-            )
-        return self._draw(torch.Size(sample_shape))
-
-    def _draw(self, sample_shape: torch.Size) -> Tensor:
-        raise NotImplementedError
-
-    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> PathLaw:
-        check_expand(self.batch_shape, batch_shape)
-        return self._replace(batch_shape=torch.Size(batch_shape))
-
-    def _replace(self, **changes: object) -> PathLaw:
-        new = self.__class__.__new__(self.__class__)
-        new.__dict__.update(self.__dict__)
-        batch_shape = changes.pop("batch_shape", self.batch_shape)
-        new.__dict__.update(changes)
-        new._remembered = None
-        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
+    def _replace(self, batch_shape: torch.Size | None = None, **changes: object) -> PathLaw:
+        return super()._replace(batch_shape, _remembered=None, **changes)
 
     _remembered: tuple | None = None
 

@@ -145,8 +145,7 @@ class PathPosterior(PathLaw):
             eps = self.path.draw_noise(times.shape[:-1], like)
             states = self.path.transform(eps, times, self.y)
             return states[0], None, self.y, states[1:]
-        law = self.start.expand(self.batch_shape)
-        start = law.rsample(sample_shape) if law.has_rsample else law.sample(sample_shape)
+        start, law = self._draw_start(sample_shape)
         ends = torch.cat([start, self.y.expand(start.shape)], -1)
         times = self._observation_times(shape, start)
         eps = self.path.draw_noise(times.shape[:-1], start)

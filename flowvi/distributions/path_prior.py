@@ -166,8 +166,7 @@ class PathPrior(PathLaw):
                 )
 
     def _draw(self, sample_shape: torch.Size) -> Tensor:
-        law = self.start.expand(self.batch_shape)
-        start = law.rsample(sample_shape) if law.has_rsample else law.sample(sample_shape)
+        start, _ = self._draw_start(sample_shape)
         shape = start.shape[:-1]
         t, weight = self._random_times(shape, start)
         states = self._simulate(start, torch.cat([self._observation_times(shape, start), t]))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from pyro.distributions import Distribution, TorchDistribution
+from pyro.distributions import Distribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from flowvi.distributions._process_law import ProcessLaw, check_grid
 from flowvi.distributions._scoring import require_finite, with_value_gradient_only
 from flowvi.distributions._simulate import euler_maruyama
-from flowvi.distributions.flow import check_expand
 from flowvi.distributions.path_draw import PathTerms
 from flowvi.paths.diffusion import Diffusion, as_diffusion
 from flowvi.paths.gaussian import normal_log_prob
@@ -20,7 +20,7 @@ from flowvi.transforms.base import common_shape
 __all__ = ["SDEPath"]
 
 
-class SDEPath(TorchDistribution):
+class SDEPath(ProcessLaw):
     r"""Path of an SDE at given times, with Euler-Maruyama transitions.
 
     .. math:: \log p(x) = \log p_0(x_{t_0}) + \sum_k
@@ -65,7 +65,6 @@ class SDEPath(TorchDistribution):
         (torch.Size([3, 11, 2]), torch.Size([3]))
     """
 
-    arg_constraints: dict = {}
     support = constraints.independent(constraints.real, 2)
 
     def __init__(
@@ -78,7 +77,8 @@ class SDEPath(TorchDistribution):
         mask: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        _check_shapes(times, mask, start)
+        check_grid(times, start)
+        _check_mask(times, mask)
         self.times = times
         self.times_mask = mask
         self.drift = drift
@@ -110,28 +110,13 @@ class SDEPath(TorchDistribution):
             validate_args=self._validate_args,
         )
 
-    def expand(self, batch_shape: Sequence[int], _instance: Distribution | None = None) -> SDEPath:
-        check_expand(self.batch_shape, batch_shape)
-        return self._replace(torch.Size(batch_shape), self._path_gradient)
-
     def path_derivative(self, *, antithetic: bool = False) -> SDEPath:
         """The same law whose log-density keeps only the gradient through the value.
 
         Args:
             antithetic: has no effect.
         """
-        return self._replace(self.batch_shape, True)
-
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        with torch.no_grad():
-            return self._draw(torch.Size(sample_shape))
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        if not self.has_rsample:
-            raise NotImplementedError(
-                "`start` has no reparameterised draw, so the path has none. Use sample."
-            )
-        return self._draw(torch.Size(sample_shape))
+        return self._replace(_path_gradient=True)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._path_gradient:
@@ -160,8 +145,7 @@ class SDEPath(TorchDistribution):
         return PathTerms(start.expand(shape), path.expand(shape))
 
     def _draw(self, sample_shape: torch.Size) -> Tensor:
-        law = self.start.expand(self.batch_shape)
-        start = law.rsample(sample_shape) if law.has_rsample else law.sample(sample_shape)
+        start, _ = self._draw_start(sample_shape)
         times, _ = self._grid(start.shape[:-1], start)
         value = euler_maruyama(self.drift, self.diffusion, start, times).movedim(0, -2)
         if self._validate_args:
@@ -178,34 +162,13 @@ class SDEPath(TorchDistribution):
             counted = self.times_mask[..., 1:].expand(*shape, -1).movedim(-1, 0).unsqueeze(-1)
         return times.expand(*shape, -1).movedim(-1, 0).unsqueeze(-1), counted
 
-    def _replace(self, batch_shape: torch.Size, path_gradient: bool) -> SDEPath:
-        new = SDEPath.__new__(SDEPath)
-        new.__dict__.update(self.__dict__)
-        new._path_gradient = path_gradient
-        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
 
-
-def _check_shapes(times: Tensor, mask: Tensor | None, start: Distribution) -> None:
-    if times.dim() < 1 or times.shape[-1] < 2:
-        raise ValueError(f"`times` must end with at least 2 times; got {tuple(times.shape)}.")
-    if len(start.event_shape) != 1:
-        raise ValueError(
-            f"`start` must have an event shape of one dim; got {tuple(start.event_shape)}."
-        )
+def _check_mask(times: Tensor, mask: Tensor | None) -> None:
     if mask is not None and (mask.shape != times.shape or mask.dtype != torch.bool):
         raise ValueError(
             f"`mask` must be boolean and shaped like `times`, {tuple(times.shape)}; got "
             f"{mask.dtype}, {tuple(mask.shape)}."
         )
-    try:
-        common_shape(start.batch_shape, times.shape[:-1])
-    except RuntimeError:
-        raise ValueError(
-            f"`times` must have a batch shape that broadcasts with that of `start`, "
-            f"{tuple(start.batch_shape)}; got {tuple(times.shape[:-1])}."
-        ) from None
 
 
 def _check_order(times: Tensor, mask: Tensor | None) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.distributions import Distribution, TorchDistribution
+from pyro.distributions import Distribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from flowvi.distributions._process_law import ProcessLaw, check_grid
 from flowvi.distributions._scoring import require_finite
-from flowvi.distributions.flow import check_expand
 from flowvi.distributions.path_draw import PathTerms
 from flowvi.distributions.simulated_draw import SimulatedDraw, SimulatedLayout
 from flowvi.paths.sde import SDE
@@ -38,10 +38,9 @@ class LogRatio(enum.Enum):
     PATHWISE = enum.auto()
 
 
-class _SimulatedLaw(TorchDistribution):
+class _SimulatedLaw(ProcessLaw):
     """What both laws share: start, grid, layout of a draw."""
 
-    arg_constraints: dict = {}
     support = constraints.real_vector
 
     def __init__(
@@ -78,37 +77,13 @@ class _SimulatedLaw(TorchDistribution):
         """The named parts of a drawn value: states, drift, diffusion, increments."""
         return self.layout.unpack(value)
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        with torch.no_grad():
-            return self._draw(torch.Size(sample_shape))
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        if not self.has_rsample:
-            raise NotImplementedError(
-                "`start` has no reparameterised draw, so the path has none. Use sample."
-            )
-        return self._draw(torch.Size(sample_shape))
-
     def _draw(self, sample_shape: torch.Size) -> Tensor:
-        law = self.start.expand(self.batch_shape)
-        start = law.rsample(sample_shape) if law.has_rsample else law.sample(sample_shape)
+        start, _ = self._draw_start(sample_shape)
         times = self.times.to(start).movedim(-1, 0)
         path = self.simulator(self.sde, start, times)
         if self._validate_args:
             require_finite(path.states, "drift", "states along the simulated path")
         return self.layout.pack(path.states, path.drift, path.diffusion, path.increments)
-
-    def expand(
-        self, batch_shape: Sequence[int], _instance: Distribution | None = None
-    ) -> _SimulatedLaw:
-        check_expand(self.batch_shape, batch_shape)
-        new = self.__class__.__new__(self.__class__)
-        new.__dict__.update(self.__dict__)
-        TorchDistribution.__init__(
-            new, torch.Size(batch_shape), self.event_shape, validate_args=False
-        )
-        new._validate_args = self._validate_args
-        return new
 
 
 class SimulatedPosterior(_SimulatedLaw):
@@ -303,19 +278,7 @@ def _check(
             "`simulator` must be callable, such as flowvi.samplers.simulate; got "
             f"{type(simulator).__name__}."
         )
-    if len(start.event_shape) != 1:
-        raise ValueError(
-            f"`start` must have an event shape of one dim; got {tuple(start.event_shape)}."
-        )
-    if times.dim() < 1 or times.shape[-1] < 2:
-        raise ValueError(f"`times` must end with at least 2 times; got {tuple(times.shape)}.")
-    try:
-        common_shape(start.batch_shape, times.shape[:-1])
-    except RuntimeError:
-        raise ValueError(
-            "`times` must have a batch shape that broadcasts with that of `start`, "
-            f"{tuple(start.batch_shape)}; got {tuple(times.shape[:-1])}."
-        ) from None
+    check_grid(times, start)
 
 
 def _check_order(times: Tensor) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from pyro.distributions import Delta
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from flowvi.objectives._constants import (
@@ -15,6 +14,7 @@ from flowvi.objectives._constants import (
     leaf_of,
     with_constant_parameters,
 )
+from flowvi.objectives._traces import is_latent
 from flowvi.objectives.items import ItemLogWeights, from_items
 from flowvi.objectives.weights import attached
 
@@ -27,9 +27,7 @@ _INSTEAD = "ELBO or VIMCO"
 def random_sites(trace: Trace) -> Iterator[dict]:
     """Latent sites of a trace that draw at random: no Delta, nothing observed, no subsample."""
     for site in trace.nodes.values():
-        if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
-            continue
-        if not isinstance(leaf_of(site["fn"]), Delta):
+        if is_latent(site) and not isinstance(leaf_of(site["fn"]), Delta):
             yield site
 
 

@@ -12,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from flowvi.objectives._constants import leaf_of
+from flowvi.objectives._traces import is_latent
 from flowvi.objectives.weights import LogWeight, log_weights
 
 __all__ = [
@@ -109,8 +110,7 @@ def check_has_density(guide_trace: Trace, guide: str, bound: str) -> None:
         guide: name of the guide's class.
         bound: name of the objective.
     """
-    sites = [s for s in guide_trace.nodes.values() if s["type"] == "sample"]
-    latent = [s for s in sites if not s["is_observed"] and not site_is_subsample(s)]
+    latent = [s for s in guide_trace.nodes.values() if is_latent(s)]
     points = [s for s in latent if isinstance(leaf_of(s["fn"]), Delta)]
     only_points = len(points) == len(latent)
     for site in points:
@@ -136,8 +136,7 @@ def check_scores_given(
     if hasattr(guide, "log_q"):
         return
     for name, site in guide_trace.nodes.items():
-        own = site["type"] == "sample" and name not in model_trace.nodes
-        if own and not site["is_observed"] and not site_is_subsample(site):
+        if is_latent(site) and name not in model_trace.nodes:
             raise NotImplementedError(
                 f"{bound} lets the guide score values from outside; {type(guide).__name__} draws "
                 f"them through its own site `{name}` and cannot. Use a guide of flowvi, or one "

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from flowvi.objectives._constants import leaf_of
-from flowvi.objectives.annealed import PartOfSite, is_latent
+from flowvi.objectives._traces import is_latent
+from flowvi.objectives.annealed import PartOfSite
 
 __all__ = ["FreeBits", "num_items", "shortfall"]
 

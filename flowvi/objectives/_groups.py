@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Iterable
 
 from pyro.distributions import Delta
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
 
 from flowvi.objectives._constants import leaf_of
-from flowvi.objectives.annealed import LIKELIHOOD, is_latent
+from flowvi.objectives._traces import is_latent, sample_sites
+from flowvi.objectives.annealed import LIKELIHOOD
 
 __all__ = ["REST", "groups_of_sites"]
 
@@ -45,9 +45,8 @@ def groups_of_sites(
         else:
             groups[id(site)] = LIKELIHOOD
     known, auxiliary = {*latents.values(), *named}, []
-    for name, site in guide_trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
+    for site in sample_sites(guide_trace):
+        name = site["name"]
         if name in latents or site["is_observed"]:
             groups[id(site)] = latents.get(name, LIKELIHOOD)
         elif group_of(name) in known:
@@ -84,8 +83,7 @@ def _source(name: str, guide_trace: Trace, latents: dict[str, str]) -> dict | No
         return None
     own, best = _plates(site), None
     for other in _before(site, guide_trace.nodes.values()):
-        candidate = other["type"] == "sample" and other["name"] not in latents
-        if not candidate or other["is_observed"] or site_is_subsample(other):
+        if not is_latent(other) or other["name"] in latents:
             continue
         inside = _plates(other) <= own
         if inside and (best is None or len(_plates(other)) >= len(_plates(best))):

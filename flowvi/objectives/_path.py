@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowvi.objectives._constants import leaf_of, with_path_derivative
 
-__all__ = ["PathMessenger", "clip_rows"]
+__all__ = ["PathMessenger", "check_clip_factor", "clip_rows"]
 
 
 class PathMessenger(Messenger):
@@ -108,3 +108,13 @@ def clip_rows(grad: Tensor, whitened: Tensor, factor: float, event_dim: int) -> 
     scale = torch.where(norm > bound, bound / norm, torch.ones_like(norm))
     keep = finite.reshape(*lead, *(1,) * event_dim)
     return torch.where(keep, grad * scale.reshape(keep.shape), torch.zeros_like(grad))
+
+
+def check_clip_factor(clip_factor: float | None) -> None:
+    """Refuse a bound on the draws' gradients that is not positive.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if clip_factor is not None and not clip_factor > 0:
+        raise ValueError(f"`clip_factor` must be positive; got {clip_factor!r}.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
+
+from flowvi.objectives._traces import sample_sites
 
 __all__ = ["check_sites_match"]
 
@@ -19,8 +20,9 @@ def check_sites_match(model_trace: Trace, guide_trace: Trace) -> None:
         ValueError: naming the sites.
     """
     in_model = _sites(model_trace, observed=False)
-    in_guide = {n for n, s in _all_sites(guide_trace).items() if not _is_auxiliary(s)}
-    auxiliary = _all_sites(guide_trace).keys() - in_guide
+    sites = sample_sites(guide_trace)
+    auxiliary = {s["name"] for s in sites if _is_auxiliary(s)}
+    in_guide = {s["name"] for s in sites} - auxiliary
     missing = sorted(in_model - in_guide - auxiliary)
     if missing:
         raise ValueError(
@@ -45,13 +47,8 @@ def check_sites_match(model_trace: Trace, guide_trace: Trace) -> None:
         )
 
 
-def _all_sites(trace: Trace) -> dict[str, dict]:
-    nodes = trace.nodes.items()
-    return {n: s for n, s in nodes if s["type"] == "sample" and not site_is_subsample(s)}
-
-
 def _sites(trace: Trace, *, observed: bool) -> set[str]:
-    return {n for n, s in _all_sites(trace).items() if s["is_observed"] == observed}
+    return {s["name"] for s in sample_sites(trace) if s["is_observed"] == observed}
 
 
 def _is_auxiliary(site: dict) -> bool:

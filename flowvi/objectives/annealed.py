@@ -6,14 +6,14 @@ import copy
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from pyro import poutine
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from flowvi.objectives._path import PathMessenger
+from flowvi.objectives._path import PathMessenger, check_clip_factor
+from flowvi.objectives._traces import sample_sites
 from flowvi.objectives.base import Objective
 from flowvi.objectives.elbo import full_term
 from flowvi.objectives.stl import path_term
@@ -25,7 +25,7 @@ from flowvi.objectives.weights import (
     score_function_term,
 )
 
-__all__ = ["LIKELIHOOD", "AnnealedObjective", "PartOfSite", "is_latent"]
+__all__ = ["LIKELIHOOD", "AnnealedObjective", "PartOfSite"]
 
 LIKELIHOOD = "log_likelihood"
 
@@ -68,8 +68,7 @@ class AnnealedObjective(Objective):
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
         )
-        if clip_factor is not None and not clip_factor > 0:
-            raise ValueError(f"`clip_factor` must be positive; got {clip_factor!r}.")
+        check_clip_factor(clip_factor)
         if clip_factor is not None and not path_gradient:
             raise ValueError(
                 f"`clip_factor` must be None without path gradients; got {clip_factor!r}."
@@ -120,14 +119,11 @@ class AnnealedObjective(Objective):
             num_particles: particles in each run.
         """
 
-    def _guide_trace(self, guide: Callable, args: tuple, kwargs: dict) -> Trace:
+    def _guide_handler(self) -> AbstractContextManager:
         if not self.path_gradient:
-            return super()._guide_trace(guide, args, kwargs)
-        batch = self.num_particles if self.vectorize_particles else 1
-        even = batch % 2 == 0
-        # Outside the trace, so that the trace records what this handler has made of the site.
-        with PathMessenger(batch, self._particle_dim, even, self.clip_factor):
-            return poutine.trace(guide).get_trace(*args, **kwargs)
+            return super()._guide_handler()
+        even = self._batch % 2 == 0
+        return PathMessenger(self._batch, self._particle_dim, even, self.clip_factor)
 
     def _surrogate(self, model_trace: Trace, guide_trace: Trace, num_particles: int) -> Tensor:
         return self._combine([(model_trace, guide_trace)], num_particles)
@@ -157,7 +153,7 @@ class AnnealedObjective(Objective):
         part_of = self._parts(model_trace, guide_trace)
         scores: list[tuple[dict, Tensor]] = []
         guide_term = path_term(scores) if self.path_gradient else full_term(scores)
-        sites = [site for trace in (model_trace, guide_trace) for site in _sample_sites(trace)]
+        sites = [site for trace in (model_trace, guide_trace) for site in sample_sites(trace)]
         parts = {}
         for part in dict.fromkeys(map(part_of, sites)):
             chosen = (_only(t, part, part_of) for t in (model_trace, guide_trace))
@@ -174,20 +170,10 @@ class AnnealedObjective(Objective):
         self.report = {"elbo": sum(totals.values())}
 
 
-def is_latent(site: dict) -> bool:
-    """Whether a site of a model is a latent variable."""
-    return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
-
-
-def _sample_sites(trace: Trace) -> list[dict]:
-    nodes = trace.nodes.values()
-    return [s for s in nodes if s["type"] == "sample" and not site_is_subsample(s)]
-
-
 def _only(trace: Trace, part: str, part_of: PartOfSite) -> Trace:
     chosen = copy.copy(trace)
     chosen.nodes = type(trace.nodes)(
-        (site["name"], site) for site in _sample_sites(trace) if part_of(site) == part
+        (site["name"], site) for site in sample_sites(trace) if part_of(site) == part
     )
     return chosen
 

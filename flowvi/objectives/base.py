@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 
 import pyro.infer
@@ -20,7 +20,7 @@ from flowvi.objectives._minibatch import SameMinibatch
 from flowvi.objectives._sites import check_sites_match
 from flowvi.objectives.weights import log_weights, per_particle
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "check_several_particles"]
 
 
 class Objective(pyro.infer.ELBO):
@@ -145,10 +145,10 @@ class Objective(pyro.infer.ELBO):
             with torch.no_grad():
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
         if self.vectorize_particles:
-            return [self._get_vectorized_trace(model, guide, args, kwargs)], self.num_particles
+            return [self._get_vectorized_trace(model, guide, args, kwargs)], self._batch
         with SameMinibatch() if self._joins_runs else nullcontext():
             runs = [self._get_trace(model, guide, args, kwargs) for _ in range(self.num_particles)]
-        return runs, 1
+        return runs, self._batch
 
     def _get_trace(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict
@@ -167,7 +167,18 @@ class Objective(pyro.infer.ELBO):
         return model_trace, guide_trace
 
     def _guide_trace(self, guide: Callable, args: tuple, kwargs: dict) -> Trace:
-        return poutine.trace(guide).get_trace(*args, **kwargs)
+        # Outside the trace, so that the trace records what the handler has made of the sites.
+        with self._guide_handler():
+            return poutine.trace(guide).get_trace(*args, **kwargs)
+
+    def _guide_handler(self) -> AbstractContextManager:
+        """Handler under which the guide is run; one that changes its sites replaces it."""
+        return nullcontext()
+
+    @property
+    def _batch(self) -> int:
+        """Particles in one run."""
+        return self.num_particles if self.vectorize_particles else 1
 
     @property
     def _particle_dim(self) -> int:
@@ -178,3 +189,17 @@ class Objective(pyro.infer.ELBO):
         """Most batch dims that a site may have; more would be counted once for every particle."""
         batched = self.vectorize_particles and self.num_particles > 1
         return int(self.max_plate_nesting) if batched else None
+
+
+def check_several_particles(num_particles: int, purpose: str) -> None:
+    """Refuse a single particle where it cannot do.
+
+    Args:
+        num_particles: the number asked for.
+        purpose: what needs more of them, for the message.
+
+    Raises:
+        ValueError: if it is below 2.
+    """
+    if num_particles < 2:
+        raise ValueError(f"`num_particles` must be at least 2 for {purpose}; got {num_particles}.")

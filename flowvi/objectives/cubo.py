@@ -8,8 +8,9 @@ from numbers import Real
 from pyro.poutine import Trace
 from torch import Tensor
 
+from flowvi.objectives.base import check_several_particles
 from flowvi.objectives.multisample import MultiSample
-from flowvi.objectives.weights import with_gradient_of
+from flowvi.objectives.weights import log_mean_exp, with_gradient_of
 
 __all__ = ["CUBO"]
 
@@ -73,15 +74,14 @@ class CUBO(MultiSample):
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
         )
-        if num_particles < 2:
-            raise ValueError(f"`num_particles` must be at least 2 for CUBO; got {num_particles}.")
+        check_several_particles(num_particles, "CUBO")
         if not isinstance(order, Real) or not 1 < order < math.inf:
             raise ValueError(f"`order` must be a finite number above 1; got {order!r}.")
         self.order = float(order)
 
     def _bound(self, log_w: Tensor) -> Tensor:
         powers = self.order * log_w
-        value = (powers.logsumexp(0) - math.log(log_w.shape[0])) / self.order
+        value = log_mean_exp(powers) / self.order
         moment = (powers - powers.detach().amax(0)).exp().mean(0) / self.order
         return with_gradient_of(value, moment)
 

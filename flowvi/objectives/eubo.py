@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from pyro import poutine
@@ -20,8 +21,9 @@ from flowvi.objectives._fixed import (
     weighted_sum,
 )
 from flowvi.objectives._sites import check_sites_match
+from flowvi.objectives.base import check_several_particles
 from flowvi.objectives.multisample import MultiSample
-from flowvi.objectives.weights import per_particle, with_gradient_of
+from flowvi.objectives.weights import log_mean_exp, per_particle, with_gradient_of
 
 __all__ = ["EUBO", "ForwardKL"]
 
@@ -112,8 +114,7 @@ class EUBO(MultiSample):
     ) -> tuple[Trace, Trace]:
         if self.draws is None:
             return super()._get_trace(model, guide, args, kwargs)
-        number = self.num_particles if self.vectorize_particles else 1
-        with GivenDraws(self._choose(number), number):
+        with GivenDraws(self._choose(self._batch), self._batch):
             model_trace = poutine.trace(model).get_trace(*args, **kwargs)
         replayed = poutine.replay(guide, trace=model_trace)
         guide_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
@@ -126,10 +127,8 @@ class EUBO(MultiSample):
         rows = torch.randint(len(first), shape, device=first.device)
         return {name: values[rows] for name, values in self.draws.items()}
 
-    def _guide_trace(self, guide: Callable, args: tuple, kwargs: dict) -> Trace:
-        # Outside the trace, so that the trace records the fixed draws.
-        with FixedDraws():
-            return poutine.trace(guide).get_trace(*args, **kwargs)
+    def _guide_handler(self) -> AbstractContextManager:
+        return FixedDraws()
 
     def _combine(self, traces: list[tuple[Trace, Trace]], num_particles: int) -> Tensor:
         bound = type(self).__name__
@@ -191,13 +190,10 @@ class ForwardKL(EUBO):
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
         )
-        if num_particles < 2:
-            raise ValueError(
-                f"`num_particles` must be at least 2 for ForwardKL; got {num_particles}."
-            )
+        check_several_particles(num_particles, "ForwardKL")
 
     def _bound(self, log_w: Tensor) -> Tensor:
-        return super()._bound(log_w) - (log_w.logsumexp(0) - math.log(log_w.shape[0]))
+        return super()._bound(log_w) - log_mean_exp(log_w)
 
 
 def _check_draws(draws: object) -> None:

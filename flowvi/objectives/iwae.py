@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from pyro import poutine
@@ -15,7 +15,7 @@ from flowvi.objectives._given import GivenDraws, draws_depend, given_term
 from flowvi.objectives._path import PathMessenger
 from flowvi.objectives.items import ItemLogWeights
 from flowvi.objectives.multisample import MultiSample
-from flowvi.objectives.weights import LogWeight, log_weights
+from flowvi.objectives.weights import LogWeight, log_mean_exp, log_weights
 
 __all__ = ["IWAE", "STLIWAE", "DReG"]
 
@@ -55,7 +55,7 @@ class IWAE(MultiSample):
     """
 
     def _bound(self, log_w: Tensor) -> Tensor:
-        return log_w.logsumexp(0) - math.log(log_w.shape[0])
+        return log_mean_exp(log_w)
 
 
 class STLIWAE(IWAE):
@@ -87,11 +87,11 @@ class STLIWAE(IWAE):
         objectives, arXiv:1810.04152, section 3, for the bias.
     """
 
+    def _guide_handler(self) -> AbstractContextManager:
+        return PathMessenger(self._batch, self._particle_dim, False, None)
+
     def _guide_trace(self, guide: Callable, args: tuple, kwargs: dict) -> Trace:
-        batch = self.num_particles if self.vectorize_particles else 1
-        # Outside the trace, so that the trace records what this handler has made of the site.
-        with PathMessenger(batch, self._particle_dim, False, None):
-            trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        trace = super()._guide_trace(guide, args, kwargs)
         if not torch.is_grad_enabled() or not draws_depend(trace):
             return trace
         with GivenDraws(trace):

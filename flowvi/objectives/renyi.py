@@ -8,6 +8,7 @@ from numbers import Real
 from torch import Tensor
 
 from flowvi.objectives.multisample import MultiSample
+from flowvi.objectives.weights import log_mean_exp
 
 __all__ = ["Renyi", "VRMax"]
 
@@ -78,7 +79,7 @@ class Renyi(MultiSample):
         if abs(power) < _NEARLY_ONE:
             top = log_w.detach().amax(0)
             return top + (power * (log_w - top)).expm1().mean(0).log1p() / power
-        return ((power * log_w).logsumexp(0) - math.log(log_w.shape[0])) / power
+        return log_mean_exp(power * log_w) / power
 
 
 class VRMax(Renyi):

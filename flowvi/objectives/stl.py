@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
-from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
 from flowvi.objectives._constants import leaf_of, with_constant_parameters
-from flowvi.objectives._path import PathMessenger
+from flowvi.objectives._path import PathMessenger, check_clip_factor
 from flowvi.objectives.base import Objective
 from flowvi.objectives.weights import (
     log_weights,
@@ -75,8 +75,7 @@ class STL(Objective):
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
         )
-        if clip_factor is not None and not clip_factor > 0:
-            raise ValueError(f"`clip_factor` must be positive; got {clip_factor!r}.")
+        check_clip_factor(clip_factor)
         if antithetic and num_particles % 2:
             raise ValueError(
                 f"`num_particles` must be even for antithetic draws; got {num_particles}."
@@ -84,12 +83,8 @@ class STL(Objective):
         self.antithetic = antithetic
         self.clip_factor = clip_factor
 
-    def _guide_trace(self, guide: Callable, args: tuple, kwargs: dict) -> Trace:
-        batch = self.num_particles if self.vectorize_particles else 1
-        handler = PathMessenger(batch, self._particle_dim, self.antithetic, self.clip_factor)
-        # Outside the trace, so that the trace records what this handler has made of the site.
-        with handler:
-            return poutine.trace(guide).get_trace(*args, **kwargs)
+    def _guide_handler(self) -> AbstractContextManager:
+        return PathMessenger(self._batch, self._particle_dim, self.antithetic, self.clip_factor)
 
     def _surrogate(self, model_trace: Trace, guide_trace: Trace, num_particles: int) -> Tensor:
         scores: list[tuple[dict, Tensor]] = []

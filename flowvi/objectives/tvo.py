@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
-from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
@@ -14,6 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from flowvi.objectives._constants import check_reparameterised, leaf_of
+from flowvi.objectives.base import check_several_particles
 from flowvi.objectives.items import to_items
 from flowvi.objectives.multisample import MultiSample
 from flowvi.objectives.weights import GuideTerm, attached, log_weights, with_gradient_of
@@ -105,10 +106,8 @@ class TVO(MultiSample):
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
         )
-        if num_particles < 2 and not reparameterised:
-            raise ValueError(
-                f"`num_particles` must be at least 2 for TVO's covariances; got {num_particles}."
-            )
+        if not reparameterised:
+            check_several_particles(num_particles, "TVO's covariances")
         points = tuple(float(beta) for beta in partition)
         rising = all(a < b for a, b in zip(points, points[1:], strict=False))
         if len(points) < 2 or points[0] != 0 or points[-1] != 1 or not rising:
@@ -117,12 +116,8 @@ class TVO(MultiSample):
         self.is_upper_bound = upper
         self.reparameterised = reparameterised
 
-    def _guide_trace(self, guide: Callable, args: tuple, kwargs: dict) -> Trace:
-        if self.reparameterised:
-            return super()._guide_trace(guide, args, kwargs)
-        # Outside the trace, so that the trace records the detached draws.
-        with _ConstantDraws():
-            return poutine.trace(guide).get_trace(*args, **kwargs)
+    def _guide_handler(self) -> AbstractContextManager:
+        return super()._guide_handler() if self.reparameterised else _ConstantDraws()
 
     def _guide_term(self, site: dict) -> Tensor:
         if self.reparameterised and torch.is_grad_enabled() and not site["is_observed"]:

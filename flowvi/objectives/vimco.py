@@ -10,9 +10,10 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from flowvi.objectives._constants import leaf_of
+from flowvi.objectives.base import check_several_particles
 from flowvi.objectives.items import ItemLogWeights, to_items
 from flowvi.objectives.multisample import MultiSample
-from flowvi.objectives.weights import attached, log_weights, with_gradient_of
+from flowvi.objectives.weights import attached, log_mean_exp, log_weights, with_gradient_of
 
 __all__ = ["VIMCO"]
 
@@ -68,11 +69,10 @@ class VIMCO(MultiSample):
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
         )
-        if num_particles < 2:
-            raise ValueError(f"`num_particles` must be at least 2 for VIMCO; got {num_particles}.")
+        check_several_particles(num_particles, "VIMCO")
 
     def _bound(self, log_w: Tensor) -> Tensor:
-        return log_w.logsumexp(0) - math.log(log_w.shape[0])
+        return log_mean_exp(log_w)
 
     def _combine(self, traces: list[tuple[Trace, Trace]], num_particles: int) -> Tensor:
         runs, scores = [], []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from numbers import Real
 
 import torch
@@ -30,10 +30,12 @@ from flowvi.objectives._sleep import (
     sleep_plate,
     takes_observations,
 )
+from flowvi.objectives.base import check_several_particles
 from flowvi.objectives.items import to_items
 from flowvi.objectives.multisample import MultiSample
 from flowvi.objectives.weights import (
     LogWeight,
+    log_mean_exp,
     log_weights,
     per_particle,
     with_gradient_of,
@@ -115,11 +117,7 @@ class ReweightedWakeSleep(MultiSample):
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
         )
-        if num_particles < 2:
-            raise ValueError(
-                f"`num_particles` must be at least 2 for self-normalised weights; "
-                f"got {num_particles}."
-            )
+        check_several_particles(num_particles, "self-normalised weights")
         if not isinstance(insomnia, Real) or not 0 <= insomnia <= 1:
             raise ValueError(f"`insomnia` must be in [0, 1]; got {insomnia!r}.")
         if not isinstance(num_sleep_particles, int) or num_sleep_particles < 1:
@@ -152,7 +150,7 @@ class ReweightedWakeSleep(MultiSample):
     # Wake.
 
     def _bound(self, log_w: Tensor) -> Tensor:
-        return log_w.logsumexp(0) - math.log(log_w.shape[0])
+        return log_mean_exp(log_w)
 
     def _runs(
         self, model: Callable, guide: Callable, args: tuple, kwargs: dict
@@ -162,10 +160,8 @@ class ReweightedWakeSleep(MultiSample):
             check_has_density(guide_trace, type(guide).__name__, type(self).__name__)
         return traces, batch
 
-    def _guide_trace(self, guide: Callable, args: tuple, kwargs: dict) -> Trace:
-        # Outside the trace, so that the trace records the fixed draws.
-        with FixedDraws():
-            return poutine.trace(guide).get_trace(*args, **kwargs)
+    def _guide_handler(self) -> AbstractContextManager:
+        return FixedDraws()
 
     def _combine(self, traces: list[tuple[Trace, Trace]], num_particles: int) -> Tensor:
         runs = [split_weights(m, g, type(self).__name__, self._max_dim) for m, g in traces]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -9,13 +10,14 @@ import torch
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.util import MultiFrameTensor
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from flowvi.objectives._constants import leaf_of
+from flowvi.objectives._traces import sample_sites
 
 __all__ = [
     "LogWeight",
+    "log_mean_exp",
     "log_weights",
     "per_particle",
     "score_function_term",
@@ -63,6 +65,11 @@ def with_gradient_of(value: Tensor, carrier: Tensor | float) -> Tensor:
     return value.detach() + (carrier - carrier.detach())
 
 
+def log_mean_exp(log_w: Tensor) -> Tensor:
+    """Logarithm of the mean of exponentials over the first dim, in nats."""
+    return log_w.logsumexp(0) - math.log(log_w.shape[0])
+
+
 def attached(site: dict) -> Tensor:
     """Log-density of a guide site as it is, with its whole graph."""
     return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
@@ -93,9 +100,9 @@ def log_weights(
             once for every particle too often.
     """
     groups: dict[tuple, LogWeight] = {}
-    for site in _sample_sites(model_trace):
+    for site in sample_sites(model_trace):
         _add(groups, site, attached(site), max_dim)
-    for site in _sample_sites(guide_trace):
+    for site in sample_sites(guide_trace):
         _add(groups, site, -guide_term(site), max_dim)
     return list(groups.values())
 
@@ -163,11 +170,6 @@ def score_function_term(
 def _is_stratified(site: dict) -> bool:
     # Partially reparameterised: has a score function and draws that carry a gradient.
     return hasattr(leaf_of(site["fn"]), "path_derivative")
-
-
-def _sample_sites(trace: Trace) -> Iterable[dict]:
-    nodes = trace.nodes.values()
-    return (s for s in nodes if s["type"] == "sample" and not site_is_subsample(s))
 
 
 def _add(groups: dict[tuple, LogWeight], site: dict, value: Tensor, max_dim: int | None) -> None:

@@ -112,6 +112,7 @@ def test_meta_device(schedule):
     t = torch.empty(3, device="meta", requires_grad=True)
     (schedule(t).d_log_snr.sum() + schedule.time_of(t).sum()).backward()
     schedule.check()
+    assert t.grad.is_meta
 
 
 @pytest.mark.parametrize(
