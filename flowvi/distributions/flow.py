@@ -22,16 +22,17 @@ class StandardNormal(nn.Module):
     It lives on a buffer, so it follows ``.to()`` and ``.double()``.
 
     Args:
-        input_dim: number of dimensions, at least 1.
+        input_dim: number of dimensions, at least 1; or an event shape.
     """
 
-    def __init__(self, input_dim: int) -> None:
+    def __init__(self, input_dim: int | Sequence[int]) -> None:
         super().__init__()
         self.register_buffer("loc", torch.zeros(input_dim), persistent=False)
         self.register_buffer("scale", torch.ones(input_dim), persistent=False)
 
     def forward(self) -> TorchDistribution:
-        return _UnitNormal(Normal(self.loc, self.scale, validate_args=False), 1, False)
+        law = Normal(self.loc, self.scale, validate_args=False)
+        return _UnitNormal(law, self.loc.dim(), False)
 
 
 class _UnitNormal(Independent):
@@ -43,6 +44,8 @@ class _UnitNormal(Independent):
         return torch.randn(shape, dtype=like.dtype, device=like.device)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        event_dim = self.reinterpreted_batch_ndims
+        value = value if event_dim == 1 else value.flatten(-event_dim)
         log_norm = 0.5 * math.log(2 * math.pi) * value.shape[-1]
         log_prob = -0.5 * torch.linalg.vecdot(value, value) - log_norm
         return log_prob.expand(common_shape(log_prob.shape, self.batch_shape))
@@ -53,8 +56,8 @@ class Flow(nn.Module):
 
     Args:
         transform: map from the base to the target side.
-        base: module whose call gives the base distribution, with event shape
-            ``(input_dim,)``; a standard normal if left out.
+        base: module whose call gives the base distribution, with the event shape of the
+            transform; a standard normal if left out.
 
     Example:
         >>> from flowvi.flows import realnvp
@@ -72,7 +75,7 @@ class Flow(nn.Module):
                 "Wrap a foreign transform with flowvi.distributions.adapt."
             )
         self.transform = transform
-        self.base = StandardNormal(transform.input_dim) if base is None else base
+        self.base = StandardNormal(transform.event_shape) if base is None else base
 
     @property
     def input_dim(self) -> int:
@@ -144,12 +147,12 @@ class FlowDistribution(TorchDistribution):
     value nor any parameter changes, so nothing in it is ever stale.
 
     Args:
-        base: distribution on the base side, event shape ``(input_dim,)``.
+        base: distribution on the base side, with the event shape of the transform.
         transform: map from the base to the target side.
         context: context vectors ``(*batch, context_dim)``; their batch becomes the distribution's.
 
     Shape:
-        value: ``(*sample, *batch, input_dim)``; log_prob: ``(*sample, *batch)``, in nats.
+        value: ``(*sample, *batch, *event_shape)``; log_prob: ``(*sample, *batch)``, in nats.
 
     Raises:
         ValueError: if the context is missing or has the wrong size.
@@ -175,9 +178,9 @@ class FlowDistribution(TorchDistribution):
             raise ValueError(
                 f"`context` must end with size {transform.context_dim} (context_dim); got {got}."
             )
-        if base.event_shape != (transform.input_dim,):
+        if base.event_shape != transform.event_shape:
             raise ValueError(
-                f"`base` must have event shape ({transform.input_dim},) (input_dim of the "
+                f"`base` must have event shape {tuple(transform.event_shape)} (that of the "
                 f"transform); got {tuple(base.event_shape)}."
             )
         self.base = base
@@ -232,7 +235,8 @@ class FlowDistribution(TorchDistribution):
             y, ladj, score = self.transform.call_ladj_and_score(
                 x, self._base_score(x), self.context
             )
-            log_q = (log_q - ladj).detach() + (score * (y - y.detach())).sum(-1)
+            along = (score * (y - y.detach())).flatten(-len(self.event_shape)).sum(-1)
+            log_q = (log_q - ladj).detach() + along
         elif self._path:
             y = self.transform.call_and_ladj(x, self.context)[0]
             log_q = self.log_prob_stopped(y)
@@ -283,7 +287,7 @@ class FlowDistribution(TorchDistribution):
         base = self.base.expand(self.batch_shape)
         draw = base.rsample if base.has_rsample else base.sample
         x = draw(sample_shape)
-        lead = x.shape[0] if x.dim() > 1 else 1
+        lead = x.shape[0] if x.dim() > len(self.event_shape) else 1
         if self._antithetic and lead % 2 == 0 and _is_normal(self.base):
             half = x[: lead // 2]
             x = torch.cat([half, 2 * self.base.mean - half])

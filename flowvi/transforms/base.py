@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
+
+from flowvi.transforms._shapes import common_shape, event_shape_of, flatten_batch, real_events
 
 __all__ = [
     "Compose",
@@ -20,41 +23,6 @@ __all__ = [
     "compose",
     "flatten_batch",
 ]
-
-
-def common_shape(*shapes: torch.Size) -> torch.Size:
-    """What shapes broadcast to, in plain Python.
-
-    The first call of ``torch.broadcast_shapes`` imports torch's symbolic shapes, a third of a
-    second.
-
-    Raises:
-        RuntimeError: if they do not broadcast.
-    """
-    common: tuple[int, ...] = ()
-    for shape in map(tuple, shapes):
-        if not common:
-            common = shape
-        elif shape and shape != common:
-            common = _broadcast(common, shape)
-    return torch.Size(common)
-
-
-def _broadcast(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
-    length = max(len(first), len(second))
-    first, second = ((1,) * (length - len(shape)) + shape for shape in (first, second))
-    if any(m not in (1, n) and n != 1 for m, n in zip(first, second, strict=True)):
-        raise RuntimeError(f"Shapes {first} and {second} do not broadcast.")
-    return tuple(n if m == 1 else m for m, n in zip(first, second, strict=True))
-
-
-def flatten_batch(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, torch.Size]:
-    """``x`` and the context with one batch dimension, and the batch shape they share."""
-    if context is None:
-        return x.reshape(-1, x.shape[-1]), None, x.shape[:-1]
-    batch = common_shape(x.shape[:-1], context.shape[:-1])
-    x, context = (t.expand(*batch, -1).reshape(-1, t.shape[-1]) for t in (x, context))
-    return x, context, batch
 
 
 class Direction(enum.Enum):
@@ -80,30 +48,39 @@ class FlowTransform(TransformModule, ConditionalTransform):
     is cached, so nothing is stale after a parameter update.
 
     Args:
-        input_dim: number of dimensions of ``x`` and ``y``, at least 1.
+        input_dim: number of dimensions of ``x`` and ``y``, at least 1; or their event shape, such
+            as ``(channels, height, width)``.
         context_dim: length of the context vector; 0 makes the map unconditional.
 
     Shape:
-        x, y: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``, broadcast against the
-        batch of ``x``; ladj: ``(*batch,)``, in nats.
+        x, y: ``(*batch, *event_shape)``, for vectors ``(*batch, input_dim)``; context:
+        ``(*batch, context_dim)``, broadcast against the batch of ``x``; ladj: ``(*batch,)``, in
+        nats.
     """
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
     bijective = True
     has_inverse = True
     exact_inverse = True
     has_score_recursion = False
     cheap = Direction.BOTH
 
-    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
+    def __init__(self, input_dim: int | Sequence[int], context_dim: int = 0) -> None:
         super().__init__()
-        if not isinstance(input_dim, int) or input_dim < 1:
-            raise ValueError(f"`input_dim` must be an integer of at least 1; got {input_dim!r}.")
+        self.event_shape = event_shape_of(input_dim)
         if not isinstance(context_dim, int) or context_dim < 0:
             raise ValueError(f"`context_dim` must be a non-negative integer; got {context_dim!r}.")
-        self.input_dim = input_dim
+        self.input_dim = math.prod(self.event_shape)
         self.context_dim = context_dim
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        """Where the map may be taken."""
+        return real_events(len(self.event_shape))
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        """What the map reaches."""
+        return real_events(len(self.event_shape))
 
     # The two methods a new transform writes.
 
@@ -197,12 +174,14 @@ class FlowTransform(TransformModule, ConditionalTransform):
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         return shape
 
+    def _batch_shape(self, value: Tensor) -> torch.Size:
+        return value.shape[: value.dim() - len(self.event_shape)]
+
     def _check(self, name: str, value: Tensor, context: Tensor | None) -> None:
-        if value.dim() < 1 or value.shape[-1] != self.input_dim:
-            raise ValueError(
-                f"`{name}` must end with size {self.input_dim} (input_dim); "
-                f"got shape {tuple(value.shape)}."
-            )
+        event = self.event_shape
+        if value.shape[-len(event) :] != event:
+            wanted = f"size {event[0]} (input_dim)" if len(event) == 1 else f"shape {tuple(event)}"
+            raise ValueError(f"`{name}` must end with {wanted}; got shape {tuple(value.shape)}.")
         if self.context_dim == 0:
             return
         if context is None:
@@ -216,11 +195,11 @@ class FlowTransform(TransformModule, ConditionalTransform):
                 f"got shape {tuple(context.shape)}."
             )
         try:
-            common_shape(value.shape[:-1], context.shape[:-1])
+            common_shape(self._batch_shape(value), context.shape[:-1])
         except RuntimeError:
             raise ValueError(
                 f"`context` must have a batch shape that broadcasts with that of `{name}`, "
-                f"{tuple(value.shape[:-1])}; got {tuple(context.shape[:-1])}."
+                f"{tuple(self._batch_shape(value))}; got {tuple(context.shape[:-1])}."
             ) from None
 
 
@@ -237,13 +216,21 @@ class Inverse(FlowTransform):
     has_score_recursion = True
 
     def __init__(self, transform: FlowTransform) -> None:
-        super().__init__(transform.input_dim, transform.context_dim)
+        super().__init__(transform.event_shape, transform.context_dim)
         if not transform.has_inverse:
             raise NotImplementedError(
                 f"{type(transform).__name__} has no inverse, so it can only score values it has "
                 "just sampled. Wrap it in NumericalInverse."
             )
         self.transform = transform
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return self.transform.codomain
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return self.transform.domain
 
     @property
     def cheap(self) -> Direction:
@@ -280,7 +267,7 @@ class Compose(FlowTransform):
     """Several maps, applied in the given order (first is nearest the base).
 
     Args:
-        parts: at least one map; all have the same ``input_dim``, and those that take a context
+        parts: at least one map; all have the same event shape, and those that take a context
             take one of the same length.
 
     Raises:
@@ -291,14 +278,21 @@ class Compose(FlowTransform):
         parts = list(parts)
         if not parts:
             raise ValueError("`parts` must hold at least one transform; got none.")
-        dims = [p.input_dim for p in parts]
-        if len(set(dims)) > 1:
-            raise ValueError(f"`parts` must agree in input_dim; got {dims}.")
+        if len({p.event_shape for p in parts}) > 1:
+            raise ValueError(_disagreement(parts))
         contexts = sorted({p.context_dim for p in parts if p.context_dim})
         if len(contexts) > 1:
             raise ValueError(f"`parts` must agree in context_dim; got {contexts}.")
-        super().__init__(dims[0], contexts[0] if contexts else 0)
+        super().__init__(parts[0].event_shape, contexts[0] if contexts else 0)
         self.parts = nn.ModuleList(parts)
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return self.parts[0].domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return self.parts[-1].codomain
 
     @property
     def has_inverse(self) -> bool:
@@ -343,6 +337,12 @@ class Compose(FlowTransform):
         return x, total, score
 
 
+def _disagreement(parts: Sequence[FlowTransform]) -> str:
+    if all(len(p.event_shape) == 1 for p in parts):
+        return f"`parts` must agree in input_dim; got {[p.input_dim for p in parts]}."
+    return f"`parts` must agree in event shape; got {[tuple(p.event_shape) for p in parts]}."
+
+
 def compose(*parts: FlowTransform) -> FlowTransform:
     """Chain maps, opening nested ones; a single map is returned as it is."""
     flat: list[FlowTransform] = []
@@ -354,14 +354,13 @@ def compose(*parts: FlowTransform) -> FlowTransform:
 class _Conditioned(Transform):
     """A conditional map with its context fixed."""
 
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
     bijective = True
 
     def __init__(self, transform: FlowTransform, context: Tensor) -> None:
         super().__init__()
         self.transform = transform
         self.context = context
+        self.domain, self.codomain = transform.domain, transform.codomain
 
     def _call(self, x: Tensor) -> Tensor:
         return self.transform.call_and_ladj(x, self.context)[0]
