@@ -1,4 +1,4 @@
-"""Names of a guide's parameters in Pyro's global store: two guides never share one."""
+"""Names of parameters in Pyro's global store: two modules of flowvi never share one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pyro.params.param_store import param_with_module_name
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["claim_name"]
+__all__ = ["claim_name", "claim_store_name"]
 
-# Every parameter a flowvi guide has used in this process. A tensor in the store under a guide's
-# name that is not in here was loaded from a file, so it is the guide's own and is taken over.
+# Every parameter a module of flowvi has used in this process. A tensor in the store under its
+# name that is not in here was loaded from a file, so it is the module's own and is taken over.
 _KNOWN = WeakTensorKeyDictionary()
 
 
@@ -29,15 +29,25 @@ def claim_name(guide: PyroModule) -> None:
     Raises:
         ValueError: if the store was loaded from a file whose shapes differ from the guide's.
     """
+    name = claim_store_name(guide._pyro_name, dict(_suffixes(guide)))
+    if name != guide._pyro_name:
+        _rename(guide, name)
+
+
+def claim_store_name(wanted: str, own: dict[str, nn.Parameter]) -> str:
+    """The wanted name, or the next free one, for parameters given by what follows the name.
+
+    Raises:
+        ValueError: if the store was loaded from a file whose shapes differ.
+    """
     store = pyro.get_param_store()._params
-    own = dict(_suffixes(guide))
-    if all(store.get(guide._pyro_name + suffix) is p for suffix, p in own.items()):
-        return
-    name = next(n for n in _candidates(guide._pyro_name) if _is_free(store, n, own))
-    _rename(guide, name)
+    if all(store.get(wanted + suffix) is p for suffix, p in own.items()):
+        return wanted
+    name = next(n for n in _candidates(wanted) if _is_free(store, n, own))
     for suffix, parameter in own.items():
         _take_over(name + suffix, parameter)
         _KNOWN[parameter] = None
+    return name
 
 
 def _suffixes(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:

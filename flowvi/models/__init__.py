@@ -19,15 +19,19 @@ from flowvi.models.latent_sde import (
     NormalStart,
     Prediction,
 )
+from flowvi.models.pair import ELBOTerms, LogLikelihood, ModelGuidePair
 
 __all__ = [
     "ConvolutionalEncoder",
     "DriftMLP",
+    "ELBOTerms",
     "FirstFramesEncoder",
     "GaussianDecoder",
     "LatentPosterior",
     "LatentSDE",
     "LatentTerms",
+    "LogLikelihood",
+    "ModelGuidePair",
     "NormalStart",
     "Prediction",
     "RecurrentEncoder",

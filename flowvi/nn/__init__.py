@@ -1,6 +1,8 @@
 """Networks that make the parameters of transforms."""
 
+from flowvi.nn.conv import GatedConv2d, GatedConvTranspose2d
 from flowvi.nn.fields import FunctionField, VectorField
+from flowvi.nn.labels import one_hot
 from flowvi.nn.layered_fields import ConcatSquashField, GatedField, MLPField
 from flowvi.nn.made import MADE
 from flowvi.nn.mlp import MLP
@@ -13,8 +15,11 @@ __all__ = [
     "ConcatSquashField",
     "FourierTime",
     "FunctionField",
+    "GatedConv2d",
+    "GatedConvTranspose2d",
     "GatedField",
     "MLPField",
     "PotentialField",
     "VectorField",
+    "one_hot",
 ]
