@@ -3,7 +3,14 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "examples": ["matplotlib>=3.7", "scikit-learn>=1.3"],
     "benchmarks": ["zuko>=1.3", "nflows>=0.14", "normflows>=1.7", "scikit-learn>=1.3"],
-    "test": ["matplotlib>=3.7", "pytest>=8", "ruff>=0.6", "scikit-learn>=1.3", "zuko>=1.3"],
+    "test": [
+        "matplotlib>=3.7",
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "ruff>=0.6",
+        "scikit-learn>=1.3",
+        "zuko>=1.3",
+    ],
 }
 
 setup(
