@@ -18,7 +18,10 @@ SCRIPTS = {
         *("compare.py", "--problems", "eight_schools", "--workers", "1"),
         *("--guides", "mean-field", "RealNVP", "--objectives", "ELBO", "STL", "CUBO"),
     ],
-    "posteriors": ["posteriors.py", "--problems", "eight_schools", "funnel", "--workers", "1"],
+    "posteriors": [
+        *("posteriors.py", "--problems", "eight_schools", "--workers", "1"),
+        *("--guides", "AutoNormal", "RealNVP", "mixture"),
+    ],
     "sde_posteriors": ["sde_posteriors.py"],
 }
 # What each prints in its table.

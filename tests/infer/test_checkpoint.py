@@ -67,7 +67,7 @@ def test_killed_process_resumes_bit_equal(tmp_path, monkeypatch, capsys):
         def callback(step, loss):
             if step == kill:
                 os._exit(9)
-        result = fit(model, AutoFlow(model), torch.tensor(1.0), seed=0, num_steps=125,
+        result = fit(model, AutoFlow(model), torch.tensor(1.0), seed=0, num_steps=45,
                      num_particles=8, tolerance=None, start=False,
                      checkpoint=path or None, checkpoint_every=10, callback=callback,
                      progress_bar=False)
@@ -85,7 +85,7 @@ def test_killed_process_resumes_bit_equal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(script), "", "-1"])
     runpy.run_path(str(script))
     whole = capsys.readouterr().out
-    assert whole.count("0x") == 125
+    assert whole.count("0x") == 45
     assert whole == resumed.stdout
 
 
