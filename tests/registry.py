@@ -76,6 +76,7 @@ from flowvi.transforms import (
     Householder,
     HouseholderSylvester,
     Inverse,
+    Adaptive,
     KineticEnergy,
     LULinear,
     NumericalInverse,
@@ -84,6 +85,7 @@ from flowvi.transforms import (
     Planar,
     Radial,
     RationalQuadratic,
+    Euler,
     TriangularAffine,
     TriangularSylvester,
     Whitening,
@@ -91,15 +93,21 @@ from flowvi.transforms import (
 
 __all__ = [
     "FLOWS",
+    Midpoint,
     "GUIDES",
+    OnChannels,
     "OBJECTIVES",
     "PATHS",
+    Pixelwise,
     "SAMPLERS",
     "SCHEDULES",
     "TRANSFORMS",
+    Squeezed,
+    ToInterval,
     "Case",
 ]
 
+    checkerboard,
 
 @dataclass(frozen=True)
 class Case:
@@ -122,6 +130,7 @@ class Case:
     input_dim: int = 1
     context_dim: int = 0
     jacobian: tuple[str, ...] = ()
+        shape: event shape, where it is not a vector.
     no_gradient: tuple[str, ...] = ()
     float32: bool = False
     bound: bool = False
@@ -140,6 +149,11 @@ def _whitening(input_dim: int) -> Whitening:
     whitening.set_(torch.arange(1.0, input_dim + 1), scale_tril)
     return whitening
 
+    shape: tuple[int, ...] = ()
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return self.shape or (self.input_dim,)
 
 def _masked(elementwise: object) -> FlowTransform:
     return Coupling(4, elementwise, mask=(True, False, False, True), **SMALL)
@@ -320,6 +334,74 @@ FLOWS: dict[str, Case] = {
         partial(getattr(flows, recipe), dim, context_dim, **OPTIONS.get(recipe, {})),
         dim,
         context_dim,
+    # Images.
+    "actnorm, image": Case(lambda: Pixelwise(ActNorm(2), 2, 2), 8, shape=(2, 2, 2), float32=True),
+    "convolution, 1 x 1": Case(
+        lambda: Pixelwise(LULinear(3, permutation=(2, 0, 1)), 1, 2),
+        6,
+        shape=(3, 1, 2),
+        float32=True,
+    ),
+    "convolution, 1 x 1, context": Case(
+        lambda: Pixelwise(LULinear(2, 2), 1, 2), 4, 2, shape=(2, 1, 2), float32=True
+    ),
+    "elementwise, image, context": Case(
+        lambda: ElementwiseTransform((2, 1, 2), Affine(), 2, **SMALL), 4, 2, shape=(2, 1, 2)
+    ),
+    "coupling, image": Case(
+        lambda: Coupling((3, 1, 2), Affine(), **SMALL),
+        6,
+        0,
+        ("100000", "010000", "111000", "110100", "110010", "110001"),
+        float32=True,
+        shape=(3, 1, 2),
+    ),
+    "coupling, image, spline, context": Case(
+        lambda: Coupling((2, 1, 2), RationalQuadratic(4), context_dim=2, **SMALL),
+        4,
+        2,
+        float32=True,
+        shape=(2, 1, 2),
+    ),
+    "coupling, image, mask": Case(
+        lambda: Coupling((3, 1, 2), Additive(), mask=(True, False, True), **SMALL),
+        6,
+        shape=(3, 1, 2),
+    ),
+    "coupling, image, checkerboard": Case(
+        lambda: Coupling((1, 2, 2), Affine(), mask=checkerboard(2, 2), **SMALL),
+        4,
+        0,
+        ("1000", "1101", "1011", "0001"),
+        float32=True,
+        shape=(1, 2, 2),
+    ),
+    "coupling, image, checkerboard, spline, context": Case(
+        lambda: Coupling(
+            (2, 1, 2), RationalQuadratic(4), mask=~checkerboard(1, 2), context_dim=2, **SMALL
+        ),
+        4,
+        2,
+        float32=True,
+        shape=(2, 1, 2),
+    ),
+    "squeezed": Case(
+        lambda: Squeezed(Coupling((4, 1, 1), Affine(), **SMALL)),
+        4,
+        0,
+        ("1000", "0100", "1110", "1101"),
+        shape=(1, 2, 2),
+    ),
+    "on channels, context": Case(
+        lambda: OnChannels(ElementwiseTransform((1, 1, 2), Affine(), 2, **SMALL), 2),
+        4,
+        2,
+        shape=(2, 1, 2),
+    ),
+    "interval": Case(lambda: ToInterval(3, -60.0, 60.0), 3, 0, ("100", "010", "001")),
+    "interval, margin": Case(
+        lambda: ToInterval((1, 2, 2), -9.0, 9.0, margin=0.1), 4, shape=(1, 2, 2)
+    ),
     )
     for recipe in flows.__all__
     for dim, context_dim in ((1, 0), (1, 2), (2, 0), (4, 0), (4, 2))

@@ -1,6 +1,7 @@
 """Networks that make the parameters of transforms."""
 
 from flowvi.nn.conv import GatedConv2d, GatedConvTranspose2d
+from flowvi.nn.conv_conditioner import ConvConditioner
 from flowvi.nn.fields import FunctionField, VectorField
 from flowvi.nn.labels import one_hot
 from flowvi.nn.layered_fields import ConcatSquashField, GatedField, MLPField
@@ -13,6 +14,7 @@ __all__ = [
     "MADE",
     "MLP",
     "ConcatSquashField",
+    "ConvConditioner",
     "FourierTime",
     "FunctionField",
     "GatedConv2d",

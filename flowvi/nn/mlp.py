@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "forward_with_pullback"]
 
 
 class MLP(nn.Module):
@@ -79,7 +79,7 @@ class MLP(nn.Module):
         """
         slope = _SLOPES.get(type(self.activation))
         if slope is None:
-            return self._forward_with_autograd(x, context)
+            return _forward_with_autograd(self, x, context)
         h, hidden = self._forward_with_hidden(x, context)
 
         @torch.no_grad()
@@ -106,13 +106,22 @@ class MLP(nn.Module):
             h = linear(h, layer.weight, layer.bias)
         return h, hidden
 
-    def _forward_with_autograd(
-        self, x: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        with torch.enable_grad():
-            x = x if x.requires_grad else x.detach().requires_grad_()
-            h = self(x, context)
-        return h, lambda grad: torch.autograd.grad(h, x, grad, retain_graph=True)[0]
+
+def forward_with_pullback(
+    network: nn.Module, x: Tensor, context: Tensor | None = None
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """:meth:`MLP.forward_with_pullback` for any network, through autograd where it has none."""
+    own = getattr(network, "forward_with_pullback", None)
+    return _forward_with_autograd(network, x, context) if own is None else own(x, context)
+
+
+def _forward_with_autograd(
+    network: nn.Module, x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    with torch.enable_grad():
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        h = network(x, context)
+    return h, lambda grad: torch.autograd.grad(h, x, grad, retain_graph=True)[0]
 
 
 def activate(activation: nn.Module, h: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """Invertible maps with log-determinants, base to target."""
 
 from flowvi.transforms._dynamics import Stage, Term
-from flowvi.transforms.actnorm import ActNorm
+from flowvi.transforms.actnorm import ActNorm, initialize_norms
 from flowvi.transforms.adaptive import Adaptive, AdaptiveMethod
 from flowvi.transforms.autoregressive import Autoregressive
 from flowvi.transforms.base import Compose, Direction, FlowTransform, Inverse, compose
 from flowvi.transforms.continuous import Continuous, SolveReport, Trajectory
-from flowvi.transforms.coupling import Coupling
+from flowvi.transforms.coupling import Coupling, checkerboard
 from flowvi.transforms.divergence import (
     ClosedFormDivergence,
     Divergence,
@@ -21,6 +21,8 @@ from flowvi.transforms.elementwise import (
     ElementwiseMap,
     ElementwiseTransform,
 )
+from flowvi.transforms.images import OnChannels, Pixelwise, Squeezed
+from flowvi.transforms.interval import ToInterval
 from flowvi.transforms.linear import Householder, LULinear, TriangularAffine, Whitening
 from flowvi.transforms.numerical import NumericalInverse
 from flowvi.transforms.ode_solvers import RK4, DormandPrince, Euler, FixedStep, Midpoint, Solver
@@ -76,9 +78,11 @@ __all__ = [
     "LULinear",
     "Midpoint",
     "NumericalInverse",
+    "OnChannels",
     "OrthogonalSylvester",
     "PathPenalty",
     "Permutation",
+    "Pixelwise",
     "Planar",
     "Probe",
     "Radial",
@@ -86,12 +90,16 @@ __all__ = [
     "Regularizer",
     "SolveReport",
     "Solver",
+    "Squeezed",
     "Stage",
     "Term",
+    "ToInterval",
     "Trajectory",
     "TriangularAffine",
     "TriangularSylvester",
     "Whitening",
+    "checkerboard",
     "collect_penalties",
     "compose",
+    "initialize_norms",
 ]

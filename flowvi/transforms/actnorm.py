@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from flowvi.transforms._algebra import log_diagonal
 from flowvi.transforms.base import Direction, FlowTransform
 
-__all__ = ["ActNorm"]
+__all__ = ["ActNorm", "initialize_norms"]
 
 
 class ActNorm(FlowTransform):
@@ -65,9 +65,7 @@ class ActNorm(FlowTransform):
                 is not finite; or if the direction is ``BOTH``.
         """
         self._check("batch", batch, None)
-        if not batch.isfinite().all():
-            bad = int((~batch.isfinite()).sum())
-            raise ValueError(f"`batch` must be finite; got {bad} entries that are not.")
+        _check_finite(batch)
         if direction is Direction.BOTH:
             raise ValueError("`direction` must be FORWARD or INVERSE; got BOTH.")
         self._normalise(batch, direction)
@@ -108,3 +106,42 @@ class ActNorm(FlowTransform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, ladj = self._call_and_ladj(x, context)
         return y, ladj, score.detach() * (-self.log_scale.detach()).exp()
+
+
+@torch.no_grad()
+def initialize_norms(
+    transform: FlowTransform, batch: Tensor, context: Tensor | None = None
+) -> None:
+    """Start every :class:`ActNorm` inside a map from data, in one inverse pass.
+
+    Each is initialised with what reaches it of the batch, so that it passes on values of mean 0
+    and standard deviation 1; those initialised before start anew.
+
+    Args:
+        transform: map with activation normalisations inside.
+        batch: values on the target side ``(*batch, *event_shape)``.
+        context: their context ``(*batch, context_dim)``.
+
+    Raises:
+        ValueError: if the map has no activation normalisation, or the batch is not finite, has
+            fewer than 2 rows or the wrong shape.
+    """
+    norms = [module for module in transform.modules() if isinstance(module, ActNorm)]
+    if not norms:
+        raise ValueError("`transform` must hold an ActNorm; got none.")
+    _check_finite(batch)
+    modes = [norm.training for norm in norms]
+    for norm in norms:
+        norm.training = norm._pending = True
+    try:
+        transform.inverse_and_ladj(batch, context)
+    finally:
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.training, norm._pending = mode, False
+
+
+def _check_finite(batch: Tensor) -> None:
+    # On the meta device there are no numbers to check.
+    if not batch.is_meta and not batch.isfinite().all():
+        bad = int((~batch.isfinite()).sum())
+        raise ValueError(f"`batch` must be finite; got {bad} entries that are not.")

@@ -269,14 +269,15 @@ class ElementwiseTransform(FlowTransform):
     The parameters are free, or a network makes them from the context. Starts at the identity.
 
     Args:
-        input_dim: number of dimensions, at least 1.
+        input_dim: number of dimensions, at least 1; or an event shape.
         elementwise: the map of one number.
         context_dim: length of the context vector; 0 learns one set of parameters.
         hidden_dims: widths of the network that reads the context.
         activation: makes the network's nonlinearity.
 
     Shape:
-        x: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; ladj: ``(*batch,)``, nats.
+        x: ``(*batch, *event_shape)``; context: ``(*batch, context_dim)``; ladj: ``(*batch,)``,
+        nats.
 
     Example:
         >>> y, ladj = ElementwiseTransform(3, Affine()).call_and_ladj(torch.ones(2, 3))
@@ -288,7 +289,7 @@ class ElementwiseTransform(FlowTransform):
 
     def __init__(
         self,
-        input_dim: int,
+        input_dim: int | Sequence[int],
         elementwise: ElementwiseMap,
         context_dim: int = 0,
         *,
@@ -298,7 +299,7 @@ class ElementwiseTransform(FlowTransform):
         super().__init__(input_dim, context_dim)
         check_elementwise(elementwise)
         self.elementwise = elementwise
-        size = elementwise.num_params * input_dim
+        size = elementwise.num_params * self.input_dim
         if context_dim:
             self.network = MLP(context_dim, hidden_dims, size, activation=activation)
         else:
@@ -306,11 +307,11 @@ class ElementwiseTransform(FlowTransform):
 
     def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         y, ladj = self.elementwise.call_and_ladj(x, self._params(context))
-        return y, ladj.sum(-1).expand(y.shape[:-1])
+        return y, self._total(ladj, y)
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         x, ladj = self.elementwise.inverse_and_ladj(y, self._params(context))
-        return x, ladj.sum(-1).expand(x.shape[:-1])
+        return x, self._total(ladj, x)
 
     def _call_ladj_and_score(
         self, x: Tensor, score: Tensor, context: Tensor | None
@@ -323,7 +324,11 @@ class ElementwiseTransform(FlowTransform):
 
     def _params(self, context: Tensor | None) -> Tensor:
         raw = self.network(context) if self.context_dim else self.params
-        return raw.unflatten(-1, (-1, self.input_dim)).transpose(-1, -2)
+        by_param = raw.unflatten(-1, (-1, *self.event_shape))
+        return by_param.movedim(-1 - len(self.event_shape), -1)
+
+    def _total(self, ladj: Tensor, like: Tensor) -> Tensor:
+        return ladj.flatten(-len(self.event_shape)).sum(-1).expand(self._batch_shape(like))
 
 
 def check_elementwise(elementwise: ElementwiseMap) -> None:

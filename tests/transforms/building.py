@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -33,10 +35,11 @@ def context_of(case: Case, *batch: int) -> Tensor | None:
 class SkewBase(nn.Module):
     """A base law without symmetry, so that rotations matter."""
 
-    def __init__(self, input_dim: int) -> None:
+    def __init__(self, event_shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.register_buffer("loc", 0.3 + 0.2 * torch.arange(input_dim))
-        self.register_buffer("scale", 1.1 + 0.3 * torch.arange(input_dim))
+        number = torch.arange(math.prod(event_shape)).reshape(event_shape)
+        self.register_buffer("loc", 0.3 + 0.2 * number)
+        self.register_buffer("scale", 1.1 + 0.3 * number)
 
     def forward(self) -> dist.Distribution:
-        return dist.Normal(self.loc, self.scale).to_event(1)
+        return dist.Normal(self.loc, self.scale).to_event(self.loc.dim())

@@ -16,7 +16,7 @@ from building import SkewBase, build, context_of, every
 from torch import nn
 
 from flowvi.distributions import Flow
-from flowvi.nn import MADE, MLP
+from flowvi.nn import MADE, MLP, ConvConditioner
 from flowvi.transforms import Direction, FlowTransform
 from flowvi.transforms.base import common_shape
 
@@ -28,7 +28,7 @@ def test_copies_after_use(name: str) -> None:
     case, transform = build(name, drawn=True)
     flow, context = Flow(transform), context_of(case, 4)
     flow(context).rsample((3,))
-    x = torch.randn(4, case.input_dim)
+    x = torch.randn(4, *case.event_shape)
     expected = transform.call_and_ladj(x, context)
     file = io.BytesIO()
     torch.save(flow.state_dict(), file)
@@ -62,7 +62,7 @@ def test_one_network_evaluation(name: str) -> None:
         counts[module] = counts.get(module, 0) + 1
 
     for module in transform.modules():
-        if isinstance(module, (MLP, MADE)):
+        if isinstance(module, (MLP, MADE, ConvConditioner)):
             module.register_forward_hook(count)
     q = Flow(transform)(context_of(case, 4))
     y = q.rsample((3,))
@@ -76,7 +76,7 @@ def test_one_network_evaluation(name: str) -> None:
 @every
 def test_nothing_is_stale(name: str) -> None:
     case, transform = build(name, drawn=True)
-    flow, context = Flow(transform, SkewBase(case.input_dim)), context_of(case, 4)
+    flow, context = Flow(transform, SkewBase(case.event_shape)), context_of(case, 4)
     q = flow(context)
     y = q.rsample((3,))
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_compiles_whole(name: str) -> None:
     cheap = transform.call_and_ladj
     if transform.cheap is Direction.INVERSE:
         cheap = transform.inverse_and_ladj
-    x, context = torch.randn(5, case.input_dim), context_of(case, 5)
+    x, context = torch.randn(5, *case.event_shape), context_of(case, 5)
     torch._dynamo.reset()
     compiled = torch.compile(cheap, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, context), cheap(x, context), rtol=0, atol=1e-12)
@@ -113,7 +113,7 @@ def test_compiles_whole(name: str) -> None:
 def test_runs_on_meta(name: str) -> None:
     case, transform = build(name, drawn=False)
     transform.to("meta")
-    x = torch.empty(4, case.input_dim, device="meta", requires_grad=True)
+    x = torch.empty(4, *case.event_shape, device="meta", requires_grad=True)
     context = torch.empty(4, case.context_dim, device="meta") if case.context_dim else None
     for method in (transform.call_and_ladj, transform.inverse_and_ladj):
         value, ladj = method(x, context)
@@ -127,7 +127,7 @@ def test_runs_on_meta(name: str) -> None:
 @every
 def test_gpu_equals_cpu(name: str) -> None:
     case, transform = build(name, drawn=True)
-    x, context = torch.randn(50, case.input_dim), context_of(case, 50)
+    x, context = torch.randn(50, *case.event_shape), context_of(case, 50)
     expected = transform.call_and_ladj(x, context)
     transform.cuda()
     there = None if context is None else context.cuda()

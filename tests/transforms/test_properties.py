@@ -6,6 +6,8 @@ parameters drawn from N(0, 1). Properties 9 to 11 are in test_module_properties.
 
 from __future__ import annotations
 
+import re
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -25,7 +27,7 @@ def test_shapes_and_dtype(name: str, dtype: torch.dtype) -> None:
     case, transform = build(name, drawn=False)
     transform.to(dtype)
     for batch in [(), (5,), (2, 3)]:
-        x = torch.randn(*batch, case.input_dim, dtype=dtype)
+        x = torch.randn(*batch, *case.event_shape, dtype=dtype)
         context = context_of(case, *batch)
         context = None if context is None else context.to(dtype)
         for method in (transform.call_and_ladj, transform.inverse_and_ladj):
@@ -40,9 +42,9 @@ def test_shapes_and_dtype(name: str, dtype: torch.dtype) -> None:
 def test_context_broadcasts(name: str, drawn: bool) -> None:
     case, transform = build(name, drawn)
     for x_batch, c_batch in [((), (5,)), ((5,), ()), ((4, 1), (3,)), ((4, 3), (3,))]:
-        x, context = torch.randn(*x_batch, case.input_dim), context_of(case, *c_batch)
+        x, context = torch.randn(*x_batch, *case.event_shape), context_of(case, *c_batch)
         batch = torch.broadcast_shapes(x_batch, c_batch)
-        wide = x.expand(*batch, -1), context.expand(*batch, -1)
+        wide = x.expand(*batch, *case.event_shape), context.expand(*batch, -1)
         for method in (transform.call_and_ladj, transform.inverse_and_ladj):
             for got, expected in zip(method(x, context), method(*wide), strict=True):
                 assert got.shape == expected.shape
@@ -53,9 +55,10 @@ def test_context_broadcasts(name: str, drawn: bool) -> None:
 
 
 def jacobian_of(transform: FlowTransform, x: Tensor, context: Tensor | None) -> Tensor:
-    if context is None:
-        return torch.func.vmap(torch.func.jacrev(transform))(x)
-    return torch.func.vmap(torch.func.jacrev(transform))(x, context)
+    """Matrices of derivatives, with the event dimensions in one row."""
+    args = (x,) if context is None else (x, context)
+    found = torch.func.vmap(torch.func.jacrev(transform))(*args)
+    return found.reshape(len(x), x[0].numel(), x[0].numel())
 
 
 @every
@@ -63,7 +66,7 @@ def jacobian_of(transform: FlowTransform, x: Tensor, context: Tensor | None) -> 
 def test_ladj_equals_jacobian(name: str, drawn: bool) -> None:
     for _ in range(3):
         case, transform = build(name, drawn)
-        x, context = torch.randn(6, case.input_dim), context_of(case, 6)
+        x, context = torch.randn(6, *case.event_shape), context_of(case, 6)
         if transform.cheap is Direction.INVERSE:
             transform = transform.inv
         ladj = transform.call_and_ladj(x, context)[1]
@@ -79,7 +82,7 @@ def test_ladj_equals_jacobian(name: str, drawn: bool) -> None:
 def test_round_trip(name: str, drawn: bool) -> None:
     for _ in range(3):
         case, transform = build(name, drawn)
-        start, context = torch.randn(20, case.input_dim), context_of(case, 20)
+        start, context = torch.randn(20, *case.event_shape), context_of(case, 20)
         for go, back in [
             (transform.call_and_ladj, transform.inverse_and_ladj),
             (transform.inverse_and_ladj, transform.call_and_ladj),
@@ -101,7 +104,7 @@ def test_float32_round_trip_with_large_weights(name: str) -> None:
             else:
                 parameter.uniform_(-1, 1).mul_(parameter.shape[-1] ** -0.5)
     transform.float()
-    x = torch.randn(500, case.input_dim).float()
+    x = torch.randn(500, *case.event_shape).float()
     context = None if case.context_dim == 0 else context_of(case, 500).float()
     with torch.no_grad():
         y, _ = transform.call_and_ladj(x, context)
@@ -116,11 +119,11 @@ def test_float32_round_trip_with_large_weights(name: str) -> None:
 @both_states
 def test_protocols_agree(name: str, drawn: bool) -> None:
     case, transform = build(name, drawn)
-    x, context = torch.randn(5, case.input_dim), context_of(case, 5)
+    x, context = torch.randn(5, *case.event_shape), context_of(case, 5)
     y, ladj = transform.call_and_ladj(x, context)
     torch.testing.assert_close(transform(x, context), y, rtol=0, atol=0)
     torch.testing.assert_close(transform.log_abs_det_jacobian(x, y, context), ladj, rtol=0, atol=0)
-    flow = Flow(transform, SkewBase(case.input_dim))
+    flow = Flow(transform, SkewBase(case.event_shape))
     plain = transform if context is None else transform.condition(context)
     stock = dist.TransformedDistribution(flow.base(), [plain])
     expected = stock.log_prob(y.detach())
@@ -130,7 +133,7 @@ def test_protocols_agree(name: str, drawn: bool) -> None:
 # 5. The density integrates to one.
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if TRANSFORMS[n].input_dim == 1])
+@pytest.mark.parametrize("name", [n for n in NAMES if TRANSFORMS[n].event_shape == (1,)])
 @both_states
 @torch.no_grad()
 def test_density_integrates_to_one_in_1d(name: str, drawn: bool) -> None:
@@ -144,7 +147,7 @@ def test_density_integrates_to_one_in_1d(name: str, drawn: bool) -> None:
     assert abs(total - 1) < 1e-3
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if TRANSFORMS[n].input_dim == 2])
+@pytest.mark.parametrize("name", [n for n in NAMES if TRANSFORMS[n].event_shape == (2,)])
 @both_states
 @torch.no_grad()
 def test_density_integrates_to_one_in_2d(name: str, drawn: bool) -> None:
@@ -177,7 +180,7 @@ def missing_gradients(case: Case, transform: FlowTransform, loss: Tensor) -> lis
 @pytest.mark.parametrize("name", [n for n in NAMES if list(TRANSFORMS[n].make().parameters())])
 def test_every_parameter_learns(name: str) -> None:
     case, transform = build(name, drawn=True)
-    flow = Flow(transform, SkewBase(case.input_dim))
+    flow = Flow(transform, SkewBase(case.event_shape))
     context = context_of(case, 8)
     y = flow(context).rsample(() if case.context_dim else (8,))
     assert not missing_gradients(case, transform, (torch.randn_like(y) * y).sum())
@@ -194,8 +197,9 @@ def test_zero_pattern(name: str) -> None:
     found = torch.zeros(case.input_dim, case.input_dim, dtype=torch.bool)
     for _ in range(10):
         transform = build(name, drawn=True)[1]
-        for row in torch.randn(3, case.input_dim):
-            found |= torch.autograd.functional.jacobian(transform, row) != 0
+        for row in torch.randn(3, *case.event_shape):
+            jacobian = torch.autograd.functional.jacobian(transform, row)
+            found |= jacobian.reshape(found.shape) != 0
     assert torch.equal(found, torch.tensor([[c == "1" for c in row] for row in case.jacobian]))
 
 
@@ -206,7 +210,7 @@ def test_zero_pattern(name: str) -> None:
 @both_states
 def test_context_batch_equals_rows(name: str, drawn: bool) -> None:
     case, transform = build(name, drawn)
-    x, context = torch.randn(5, case.input_dim), context_of(case, 5)
+    x, context = torch.randn(5, *case.event_shape), context_of(case, 5)
     for method in (transform.call_and_ladj, transform.inverse_and_ladj):
         rows = [method(x[i], context[i]) for i in range(5)]
         values, ladjs = (torch.stack(part) for part in zip(*rows, strict=True))
@@ -216,18 +220,19 @@ def test_context_batch_equals_rows(name: str, drawn: bool) -> None:
 @every
 def test_wrong_shapes_are_refused(name: str) -> None:
     case, transform = build(name, drawn=False)
-    size = case.input_dim
+    *others, last = case.event_shape
+    wanted = f"shape {case.event_shape}" if others else f"size {last} (input_dim)"
     for method, arg in [(transform.call_and_ladj, "x"), (transform.inverse_and_ladj, "y")]:
-        with pytest.raises(ValueError, match=rf"`{arg}` must end with size {size} \(input_dim\)"):
-            method(torch.zeros(3, size + 1), context_of(case, 3))
+        with pytest.raises(ValueError, match=re.escape(f"`{arg}` must end with {wanted}; got")):
+            method(torch.zeros(3, *others, last + 1), context_of(case, 3))
         if not case.context_dim:
             continue
         with pytest.raises(ValueError, match=r"`context` must be given and end with size 2"):
-            method(torch.zeros(3, size))
+            method(torch.zeros(3, *case.event_shape))
         with pytest.raises(ValueError, match=r"`context` must end with size 2 \(context_dim\)"):
-            method(torch.zeros(3, size), torch.zeros(3, 5))
+            method(torch.zeros(3, *case.event_shape), torch.zeros(3, 5))
         with pytest.raises(ValueError, match=r"`context` must have a batch shape that broadcasts"):
-            method(torch.zeros(3, size), torch.zeros(4, 2))
+            method(torch.zeros(3, *case.event_shape), torch.zeros(4, 2))
 
 
 # 12. Far tails.
@@ -243,7 +248,7 @@ def test_far_values_and_gradients_are_finite(
     case, transform = build(name, drawn)
     transform.to(dtype)
     corners = torch.cartesian_prod(*[torch.tensor([-size, 0.0, size])] * case.input_dim)
-    start = corners.reshape(-1, case.input_dim).to(dtype)
+    start = corners.reshape(-1, *case.event_shape).to(dtype)
     context = None if case.context_dim == 0 else context_of(case, len(start)).to(dtype)
     for method in (transform.call_and_ladj, transform.inverse_and_ladj):
         x = start.clone().requires_grad_()
@@ -261,8 +266,8 @@ def test_far_values_and_gradients_are_finite(
 @both_states
 def test_score_recursion_equals_gradient_through_inverse(name: str, drawn: bool) -> None:
     case, transform = build(name, drawn)
-    base, context = SkewBase(case.input_dim)(), context_of(case, 6)
-    x = torch.randn(6, case.input_dim, requires_grad=True)
+    base, context = SkewBase(case.event_shape)(), context_of(case, 6)
+    x = torch.randn(6, *case.event_shape, requires_grad=True)
     score = torch.autograd.grad(base.log_prob(x).sum(), x)[0]
     y, ladj, pushed = transform.call_ladj_and_score(x, score, context)
     torch.testing.assert_close((y, ladj), transform.call_and_ladj(x, context), rtol=0, atol=1e-12)
@@ -277,12 +282,12 @@ def test_score_recursion_equals_gradient_through_inverse(name: str, drawn: bool)
 @both_states
 def test_score_recursion_keeps_the_gradients_of_value_and_ladj(name: str, drawn: bool) -> None:
     case, transform = build(name, drawn)
-    x = torch.randn(6, case.input_dim, requires_grad=True)
+    x = torch.randn(6, *case.event_shape, requires_grad=True)
     context = context_of(case, 6)
     leaves = [x, *transform.parameters()]
     if context is not None:
         leaves.append(context.requires_grad_())
-    weights = torch.randn(6, case.input_dim), torch.randn(6)
+    weights = torch.randn(6, *case.event_shape), torch.randn(6)
     for which in ((1, 0), (0, 1), (1, 1)):
         found = []
         for y, ladj, *_ in (
