@@ -63,6 +63,7 @@ from flowvi.samplers import EulerMaruyama, Milstein, StochasticHeun
 from flowvi.transforms import (
     RK4,
     ActNorm,
+    Adaptive,
     Additive,
     Affine,
     Autoregressive,
@@ -71,43 +72,42 @@ from flowvi.transforms import (
     Coupling,
     DormandPrince,
     ElementwiseTransform,
+    Euler,
     ExactDivergence,
     FlowTransform,
     Householder,
     HouseholderSylvester,
     Inverse,
-    Adaptive,
     KineticEnergy,
     LULinear,
+    Midpoint,
     NumericalInverse,
+    OnChannels,
     OrthogonalSylvester,
     Permutation,
+    Pixelwise,
     Planar,
     Radial,
     RationalQuadratic,
-    Euler,
+    Squeezed,
+    ToInterval,
     TriangularAffine,
     TriangularSylvester,
     Whitening,
+    checkerboard,
 )
 
 __all__ = [
     "FLOWS",
-    Midpoint,
     "GUIDES",
-    OnChannels,
     "OBJECTIVES",
     "PATHS",
-    Pixelwise,
     "SAMPLERS",
     "SCHEDULES",
     "TRANSFORMS",
-    Squeezed,
-    ToInterval,
     "Case",
 ]
 
-    checkerboard,
 
 @dataclass(frozen=True)
 class Case:
@@ -116,6 +116,7 @@ class Case:
     Args:
         make: builds it anew.
         input_dim: number of dimensions.
+        shape: event shape, where it is not a vector.
         context_dim: length of the context vector; 0 for none.
         jacobian: for maps with a declared zero pattern, one string per row of the Jacobian:
             "0" is exactly zero, "1" is not.
@@ -130,11 +131,15 @@ class Case:
     input_dim: int = 1
     context_dim: int = 0
     jacobian: tuple[str, ...] = ()
-        shape: event shape, where it is not a vector.
     no_gradient: tuple[str, ...] = ()
     float32: bool = False
     bound: bool = False
     scale: float = 1.0
+    shape: tuple[int, ...] = ()
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return self.shape or (self.input_dim,)
 
 
 SMALL = {"hidden_dims": (8, 8)}
@@ -149,11 +154,6 @@ def _whitening(input_dim: int) -> Whitening:
     whitening.set_(torch.arange(1.0, input_dim + 1), scale_tril)
     return whitening
 
-    shape: tuple[int, ...] = ()
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        return self.shape or (self.input_dim,)
 
 def _masked(elementwise: object) -> FlowTransform:
     return Coupling(4, elementwise, mask=(True, False, False, True), **SMALL)
@@ -320,20 +320,6 @@ TRANSFORMS: dict[str, Case] = {
     "continuous, context, low rank": Case(
         lambda: _continuous(GatedField(3, (4,), 2, low_rank=1, hyper_dims=(4,))), 3, 2, scale=0.2
     ),
-    # Built from others.
-    "compose": Case(lambda: _composed(), 3, float32=True),
-    "compose, context": Case(lambda: _composed(2), 3, 2, float32=True),
-    "inverse": Case(lambda: Inverse(_composed()), 3, float32=True),
-}
-
-# Tests of laws compare to 1e-6, which takes more steps than training does.
-OPTIONS = {"cnf": {"hidden_dims": (8, 8), "solver": DormandPrince(20)}}
-
-FLOWS: dict[str, Case] = {
-    f"{recipe}, {dim}-D{', context' if context_dim else ''}": Case(
-        partial(getattr(flows, recipe), dim, context_dim, **OPTIONS.get(recipe, {})),
-        dim,
-        context_dim,
     # Images.
     "actnorm, image": Case(lambda: Pixelwise(ActNorm(2), 2, 2), 8, shape=(2, 2, 2), float32=True),
     "convolution, 1 x 1": Case(
@@ -402,6 +388,20 @@ FLOWS: dict[str, Case] = {
     "interval, margin": Case(
         lambda: ToInterval((1, 2, 2), -9.0, 9.0, margin=0.1), 4, shape=(1, 2, 2)
     ),
+    # Built from others.
+    "compose": Case(lambda: _composed(), 3, float32=True),
+    "compose, context": Case(lambda: _composed(2), 3, 2, float32=True),
+    "inverse": Case(lambda: Inverse(_composed()), 3, float32=True),
+}
+
+# Tests of laws compare to 1e-6, which takes more steps than training does.
+OPTIONS = {"cnf": {"hidden_dims": (8, 8), "solver": DormandPrince(20)}}
+
+FLOWS: dict[str, Case] = {
+    f"{recipe}, {dim}-D{', context' if context_dim else ''}": Case(
+        partial(getattr(flows, recipe), dim, context_dim, **OPTIONS.get(recipe, {})),
+        dim,
+        context_dim,
     )
     for recipe in flows.__all__
     for dim, context_dim in ((1, 0), (1, 2), (2, 0), (4, 0), (4, 2))
