@@ -59,7 +59,20 @@ from flowvi.paths import (
     VariancePreservingCosine,
     with_time,
 )
-from flowvi.samplers import EulerMaruyama, Milstein, StochasticHeun
+from flowvi.samplers import (
+    DDIM,
+    Ancestral,
+    AnnealedLangevin,
+    DPMSolver,
+    EulerMaruyama,
+    ExponentialIntegrator,
+    Milstein,
+    Parallel,
+    PredictorCorrector,
+    ProbabilityFlow,
+    ReverseSDE,
+    StochasticHeun,
+)
 from flowvi.transforms import (
     RK4,
     ActNorm,
@@ -103,6 +116,7 @@ __all__ = [
     "OBJECTIVES",
     "PATHS",
     "SAMPLERS",
+    "SAMPLERS_OF_MODELS",
     "SCHEDULES",
     "TRANSFORMS",
     "Case",
@@ -509,6 +523,31 @@ SAMPLERS: dict[str, Case] = {
     "euler": Case(EulerMaruyama),
     "heun": Case(StochasticHeun),
     "milstein": Case(Milstein),
+}
+SAMPLERS_OF_MODELS: dict[str, Case] = {
+    "ancestral": Case(Ancestral),
+    "annealed langevin": Case(partial(AnnealedLangevin, 5, 0.2)),
+    "ddim": Case(DDIM),
+    "ddim, noise": Case(partial(DDIM, 0.5)),
+    "dpm-solver, 1": Case(partial(DPMSolver, 1)),
+    "dpm-solver, 2": Case(DPMSolver),
+    "dpm-solver, 3": Case(partial(DPMSolver, 3)),
+    "exponential, 1": Case(partial(ExponentialIntegrator, 1)),
+    "exponential, 2": Case(ExponentialIntegrator),
+    "exponential, 3": Case(partial(ExponentialIntegrator, 3)),
+    "flow, adaptive": Case(lambda: ProbabilityFlow(Adaptive())),
+    "flow, dormand-prince": Case(partial(ProbabilityFlow, DormandPrince)),
+    "flow, euler": Case(partial(ProbabilityFlow, Euler)),
+    "flow, midpoint": Case(partial(ProbabilityFlow, Midpoint)),
+    "flow, rk4": Case(ProbabilityFlow),
+    "parallel": Case(lambda: Parallel(DDIM(0.3))),
+    "predictor-corrector": Case(lambda: PredictorCorrector(DDIM(), 2)),
+    "predictor-corrector, sde": Case(
+        lambda: PredictorCorrector(ReverseSDE(StochasticHeun()), 1, 2.0)
+    ),
+    "sde": Case(ReverseSDE),
+    "sde, heun": Case(lambda: ReverseSDE(StochasticHeun())),
+    "sde, level": Case(partial(ReverseSDE, level=0.5)),
 }
 PATHS: dict[str, Case] = {
     "bridge": Case(lambda: BrownianBridge(2, 0.7), 2, 4),

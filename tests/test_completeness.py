@@ -13,13 +13,22 @@ import pytest
 import torch
 from pyro.infer import ELBO as PyroELBO
 from pyro.infer.autoguide import AutoGuide
-from registry import FLOWS, GUIDES, OBJECTIVES, PATHS, SAMPLERS, SCHEDULES, TRANSFORMS
+from registry import (
+    FLOWS,
+    GUIDES,
+    OBJECTIVES,
+    PATHS,
+    SAMPLERS,
+    SAMPLERS_OF_MODELS,
+    SCHEDULES,
+    TRANSFORMS,
+)
 
 import flowvi
 from flowvi import flows
 from flowvi.distributions import Flow
 from flowvi.paths import Path, Schedule
-from flowvi.samplers import SDESolver
+from flowvi.samplers import Sampler, SDESolver
 from flowvi.transforms import FlowTransform
 
 
@@ -77,6 +86,8 @@ def test_every_path_is_registered():
 
 def test_every_sampler_is_registered():
     assert public_subclasses(SDESolver) <= {type(case.make()) for case in SAMPLERS.values()}
+    of_models = {type(case.make()) for case in SAMPLERS_OF_MODELS.values()}
+    assert public_subclasses(Sampler) <= of_models
 
 
 def test_every_recipe_is_registered():
