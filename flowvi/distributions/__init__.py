@@ -7,6 +7,11 @@ from flowvi.distributions.mixture import MixtureFlow, MixtureFlowDistribution
 from flowvi.distributions.path_draw import PathDraw, PathLayout, PathTerms
 from flowvi.distributions.path_posterior import PathPosterior
 from flowvi.distributions.path_prior import PathPrior
+from flowvi.distributions.pixels import (
+    CategoricalLevels,
+    ContinuousBernoulli,
+    DiscretisedLogistic,
+)
 from flowvi.distributions.sde_path import SDEPath
 from flowvi.distributions.simulated import LogRatio, SimulatedPosterior, SimulatedPrior
 from flowvi.distributions.simulated_draw import SimulatedDraw, SimulatedLayout
@@ -14,6 +19,9 @@ from flowvi.distributions.simulated_draw import SimulatedDraw, SimulatedLayout
 __all__ = [
     "AugmentedFlow",
     "AugmentedFlowDistribution",
+    "CategoricalLevels",
+    "ContinuousBernoulli",
+    "DiscretisedLogistic",
     "Flow",
     "FlowDistribution",
     "LogRatio",

@@ -7,6 +7,7 @@ from flowvi.models.encoders import (
     RecurrentEncoder,
     SeriesEncoder,
 )
+from flowvi.models.image_networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 from flowvi.models.latent_posteriors import (
     LatentPosterior,
     SimulatedLatent,
@@ -19,23 +20,68 @@ from flowvi.models.latent_sde import (
     NormalStart,
     Prediction,
 )
+from flowvi.models.likelihoods import (
+    BernoulliLikelihood,
+    CategoricalLikelihood,
+    ContinuousBernoulliLikelihood,
+    DiscretisedLogisticLikelihood,
+    Likelihood,
+    NormalLikelihood,
+)
 from flowvi.models.pair import ELBOTerms, LogLikelihood, ModelGuidePair
+from flowvi.models.posteriors import (
+    DiagonalPosterior,
+    FlowPosterior,
+    cnf_posterior,
+    full_posterior,
+    householder_sylvester_posterior,
+    iaf_posterior,
+    orthogonal_sylvester_posterior,
+    planar_posterior,
+    realnvp_posterior,
+    spline_posterior,
+    triangular_sylvester_posterior,
+)
+from flowvi.models.vae import VAE, VampPrior
 
 __all__ = [
+    "VAE",
+    "BernoulliLikelihood",
+    "CategoricalLikelihood",
+    "ContinuousBernoulliLikelihood",
+    "ConvDecoder",
+    "ConvEncoder",
     "ConvolutionalEncoder",
+    "DiagonalPosterior",
+    "DiscretisedLogisticLikelihood",
     "DriftMLP",
     "ELBOTerms",
     "FirstFramesEncoder",
+    "FlowPosterior",
     "GaussianDecoder",
     "LatentPosterior",
     "LatentSDE",
     "LatentTerms",
+    "Likelihood",
     "LogLikelihood",
+    "MLPDecoder",
+    "MLPEncoder",
     "ModelGuidePair",
+    "NormalLikelihood",
     "NormalStart",
     "Prediction",
     "RecurrentEncoder",
     "SeriesEncoder",
     "SimulatedLatent",
     "SimulationFreeLatent",
+    "VampPrior",
+    "cnf_posterior",
+    "full_posterior",
+    "householder_sylvester_posterior",
+    "iaf_posterior",
+    "orthogonal_sylvester_posterior",
+    "planar_posterior",
+    "realnvp_posterior",
+    "spline_posterior",
+    "triangular_sylvester_posterior",
 ]

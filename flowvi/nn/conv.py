@@ -61,6 +61,7 @@ class GatedConv2d(_Gated):
         flows, arXiv:1803.05649, appendix.
 
     Example:
+        >>> import torch
         >>> GatedConv2d(1, 4, 5, stride=2, padding=2)(torch.zeros(2, 1, 28, 20)).shape
         torch.Size([2, 4, 14, 10])
     """
@@ -95,6 +96,7 @@ class GatedConvTranspose2d(_Gated):
         x: ``(B, in_channels, H, W)``; y: ``(B, out_channels, H', W')``.
 
     Example:
+        >>> import torch
         >>> up = GatedConvTranspose2d(4, 2, 5, stride=2, padding=2, output_padding=1)
         >>> up(torch.zeros(2, 4, 14, 10)).shape
         torch.Size([2, 2, 28, 20])
