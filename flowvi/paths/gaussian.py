@@ -209,10 +209,20 @@ class DiffusionPath(Path):
     def target_of_drift(self, x: Tensor, drift: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Data and noise at which the prior's formula gives this drift."""
         values = self.schedule(t)
-        rate = values.d_sigma - self.diffusion.at(t).square() / (2 * values.sigma)
-        det = values.alpha * rate - values.sigma * values.d_alpha
-        data = (x * rate - values.sigma * drift) / det
-        return data, (values.alpha * drift - values.d_alpha * x) / det
+        of_data, of_noise = self.drift_rates(t, values, self.diffusion.at(t))
+        det = values.alpha * of_noise - values.sigma * of_data
+        data = (x * of_noise - values.sigma * drift) / det
+        return data, (values.alpha * drift - of_data * x) / det
+
+    def drift_rates(self, t: Tensor, values: ScheduleValues, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of data and noise in the drift.
+
+        Args:
+            t: times.
+            values: the schedule there.
+            b: the diffusion there.
+        """
+        return values.d_alpha, values.d_sigma - b.square() / (2 * values.sigma)
 
     def _encode(self, y: Tensor, t: Tensor) -> Tensor:
         return y if self.encoder is None else self.encoder(y, t)

@@ -163,7 +163,8 @@ class PredictedDrift(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         values = self.path.schedule(t)
         data, noise = split(self.network(x, t), self.prediction, x, values)
-        return values.d_alpha * data + _noise_rate(values, self.path.diffusion(x, t)) * noise
+        of_data, of_noise = self.path.drift_rates(t, values, self.path.diffusion(x, t))
+        return of_data * data + of_noise * noise
 
     def difference(self, x: Tensor, t: Tensor, data: Tensor, noise: Tensor, b: Tensor) -> Tensor:
         """F - g, for a posterior drift g that is this drift at the given data and noise.
@@ -180,10 +181,5 @@ class PredictedDrift(nn.Module):
         gap = self.network(x, t) - (c_data * data + c_noise * noise)
         # The state is common to both, so only the second row of the 2x2 system differs.
         det = values.alpha * c_noise - values.sigma * c_data
-        rate = values.alpha * _noise_rate(values, b) - values.sigma * values.d_alpha
-        return rate / det * gap
-
-
-def _noise_rate(values: ScheduleValues, b: Tensor) -> Tensor:
-    """Coefficient of the noise in the drift."""
-    return values.d_sigma - b.square() / (2 * values.sigma)
+        of_data, of_noise = self.path.drift_rates(t, values, b)
+        return (values.alpha * of_noise - values.sigma * of_data) / det * gap
