@@ -113,6 +113,7 @@ from flowvi.transforms import (
 __all__ = [
     "FLOWS",
     "GUIDES",
+    "IMAGE_FLOWS",
     "OBJECTIVES",
     "PATHS",
     "SAMPLERS",
@@ -418,7 +419,35 @@ FLOWS: dict[str, Case] = {
         context_dim,
     )
     for recipe in flows.__all__
+    if not recipe.endswith("_image")
     for dim, context_dim in ((1, 0), (1, 2), (2, 0), (4, 0), (4, 2))
+}
+_image = {"num_layers": 2, "hidden_dims": (4,)}
+IMAGE_FLOWS: dict[str, Case] = {
+    "glow_image": Case(partial(flows.glow_image, (1, 4, 4), **_image), 16, shape=(1, 4, 4)),
+    "glow_image, context": Case(
+        partial(flows.glow_image, (1, 4, 4), 2, **_image), 16, 2, shape=(1, 4, 4)
+    ),
+    "glow_image, context image": Case(
+        partial(flows.glow_image, (1, 4, 4), 16, context_shape=(1, 4, 4), **_image),
+        16,
+        16,
+        shape=(1, 4, 4),
+    ),
+    "glow_image, spline": Case(
+        partial(
+            flows.glow_image, (2, 2, 2), elementwise=RationalQuadratic(4), num_levels=1, **_image
+        ),
+        8,
+        shape=(2, 2, 2),
+    ),
+    "realnvp_image": Case(partial(flows.realnvp_image, (1, 4, 4), **_image), 16, shape=(1, 4, 4)),
+    "realnvp_image, context": Case(
+        partial(flows.realnvp_image, (2, 2, 4), 2, num_levels=1, **_image),
+        16,
+        2,
+        shape=(2, 2, 4),
+    ),
 }
 _narrow = partial(flows.realnvp, num_layers=2, hidden_dims=(8,))
 

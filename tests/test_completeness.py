@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoGuide
 from registry import (
     FLOWS,
     GUIDES,
+    IMAGE_FLOWS,
     OBJECTIVES,
     PATHS,
     SAMPLERS,
@@ -91,12 +92,12 @@ def test_every_sampler_is_registered():
 
 
 def test_every_recipe_is_registered():
-    assert {name.split(",")[0] for name in FLOWS} == set(flows.__all__)
+    assert {name.split(",")[0] for name in FLOWS | IMAGE_FLOWS} == set(flows.__all__)
 
 
-@pytest.mark.parametrize("name", sorted(TRANSFORMS | FLOWS))
+@pytest.mark.parametrize("name", sorted(TRANSFORMS | FLOWS | IMAGE_FLOWS))
 def test_sizes_of_a_case_are_those_of_what_it_makes(name: str):
-    case = (TRANSFORMS | FLOWS)[name]
+    case = (TRANSFORMS | FLOWS | IMAGE_FLOWS)[name]
     made = case.make()
     assert isinstance(made, FlowTransform | Flow)
     assert (made.input_dim, made.context_dim) == (case.input_dim, case.context_dim)

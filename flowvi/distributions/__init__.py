@@ -12,6 +12,7 @@ from flowvi.distributions.pixels import (
     ContinuousBernoulli,
     DiscretisedLogistic,
 )
+from flowvi.distributions.quantised import Quantised
 from flowvi.distributions.sde_path import SDEPath
 from flowvi.distributions.simulated import LogRatio, SimulatedPosterior, SimulatedPrior
 from flowvi.distributions.simulated_draw import SimulatedDraw, SimulatedLayout
@@ -32,6 +33,7 @@ __all__ = [
     "PathPosterior",
     "PathPrior",
     "PathTerms",
+    "Quantised",
     "SDEPath",
     "SimulatedDraw",
     "SimulatedLayout",

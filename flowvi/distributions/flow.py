@@ -23,16 +23,21 @@ class StandardNormal(nn.Module):
 
     Args:
         input_dim: number of dimensions, at least 1; or an event shape.
+        temperature: standard deviation, positive.
     """
 
-    def __init__(self, input_dim: int | Sequence[int]) -> None:
+    def __init__(self, input_dim: int | Sequence[int], *, temperature: float = 1.0) -> None:
         super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"`temperature` must be positive; got {temperature}.")
+        self._is_unit = temperature == 1
         self.register_buffer("loc", torch.zeros(input_dim), persistent=False)
-        self.register_buffer("scale", torch.ones(input_dim), persistent=False)
+        scale = torch.full_like(self.loc, temperature)
+        self.register_buffer("scale", scale, persistent=False)
 
     def forward(self) -> TorchDistribution:
         law = Normal(self.loc, self.scale, validate_args=False)
-        return _UnitNormal(law, self.loc.dim(), False)
+        return (_UnitNormal if self._is_unit else Independent)(law, self.loc.dim(), False)
 
 
 class _UnitNormal(Independent):
@@ -93,6 +98,26 @@ class Flow(nn.Module):
     def then(self, *transforms: FlowTransform) -> Flow:
         """The same flow followed by more maps, sharing all parameters."""
         return Flow(compose(self.transform, *transforms), self.base)
+
+    def tempered(self, temperature: float) -> Flow:
+        """The same flow from base noise of another standard deviation, sharing all parameters.
+
+        Args:
+            temperature: standard deviation of the base; below 1 draws come closer to the mode.
+
+        Raises:
+            ValueError: if the temperature is not positive.
+            NotImplementedError: if the base is not a standard normal.
+
+        References:
+            Kingma and Dhariwal (2018), Glow, arXiv:1807.03039, section 6 (figure 8).
+        """
+        if not isinstance(self.base, StandardNormal):
+            raise NotImplementedError(
+                f"{type(self.base).__name__}, the base, has no temperature. Use a standard normal."
+            )
+        base = StandardNormal(self.transform.event_shape, temperature=temperature)
+        return Flow(self.transform, base.to(self.base.loc))
 
 
 class _Score(nn.Module):

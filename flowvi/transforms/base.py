@@ -21,6 +21,7 @@ __all__ = [
     "Inverse",
     "common_shape",
     "compose",
+    "event_shape_of",
     "flatten_batch",
 ]
 
