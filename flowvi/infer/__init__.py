@@ -1,6 +1,7 @@
 """Fitting a guide to a model: the target density, the warm start, the fit loop."""
 
 from flowvi.infer.averaging import Average
+from flowvi.infer.distributed import DistributedSVI, Spread
 from flowvi.infer.fit import fit
 from flowvi.infer.modes import Mode
 from flowvi.infer.optim import GlobalOptim, Schedule
@@ -11,11 +12,13 @@ from flowvi.infer.target import Target
 
 __all__ = [
     "Average",
+    "DistributedSVI",
     "Fit",
     "FlowSVI",
     "GlobalOptim",
     "Mode",
     "Schedule",
+    "Spread",
     "Start",
     "Target",
     "fit",

@@ -95,7 +95,8 @@ class Run:
     def train(self) -> None:
         """Run until the schedule ends, the plateau rule ends it, or time is up."""
         schedule, options = self.svi.optim.schedule, self.options
-        progress = Progress(schedule.num_steps, self.step, visible=options.progress_bar)
+        visible = options.progress_bar and self.svi.is_first
+        progress = Progress(schedule.num_steps, self.step, visible=visible)
         try:
             while self.step < schedule.num_steps:
                 self._take_step()
@@ -201,7 +202,9 @@ class Run:
     # Checkpoints.
 
     def save(self) -> None:
-        """Write everything to the checkpoint file."""
+        """Write everything to the checkpoint file; of several processes only the first does."""
+        if not self.svi.is_first:
+            return
         optim = self.svi.optim
         state = {
             "step": self.step,
@@ -224,13 +227,23 @@ class Run:
         }
         save_checkpoint(self.options.checkpoint, state)
 
-    def resume(self) -> None:
-        """Take up the run in the checkpoint file.
+    def resume(self) -> bool:
+        """Take up the run in the checkpoint file, if there is one.
+
+        Returns:
+            Whether there is.
 
         Raises:
             ValueError: if the file is of another model, guide or length of run.
         """
-        state = load_checkpoint(self.options.checkpoint)
+        path = self.options.checkpoint
+        if path is None:
+            return False
+        state = self.svi.from_first(
+            lambda: load_checkpoint(path) if os.path.exists(path) else None
+        )
+        if state is None:
+            return False
         optim = self.svi.optim
         params = dict(optim.named_parameters())
         match_tensors("parameter", state["params"], params)
@@ -257,3 +270,4 @@ class Run:
         self.stop_reason = state["stop_reason"]
         self.seconds_before = state["seconds"]
         set_rng_state(state["rng"])
+        return True

@@ -25,6 +25,7 @@ from flowvi.infer._setup import (
 )
 from flowvi.infer.averaging import Average, copy_into
 from flowvi.infer.checkpoint import get_rng_state, set_rng_state
+from flowvi.infer.distributed import DistributedSVI, Spread
 from flowvi.infer.optim import GlobalOptim, Schedule
 from flowvi.infer.result import Fit
 from flowvi.infer.start import Start
@@ -55,6 +56,7 @@ def fit(
     checkpoint_every: int = 100,
     callback: Callable[[int, Tensor], object] | None = None,
     progress_bar: bool = True,
+    spread: Spread | None = None,
     **kwargs: object,
 ) -> Fit:
     r"""Train ``guide`` on ``model`` with :class:`pyro.infer.SVI` and defaults that are robust.
@@ -97,6 +99,8 @@ def fit(
         checkpoint_every: number of steps between two writes.
         callback: called as ``callback(step, loss)`` after every step.
         progress_bar: show a bar with the smoothed ELBO and its standard error.
+        spread: what the processes of a program started with ``torchrun`` share out, see
+            :class:`DistributedSVI`; the first one alone writes the checkpoint.
         **kwargs: keyword data for model and guide.
 
     Returns:
@@ -126,6 +130,10 @@ def fit(
         },
         {"lr": lr, "max_seconds": max_seconds, "tolerance": tolerance, "clip_norm": clip_norm},
     )
+    if spread is not None and max_seconds is not None:
+        raise ValueError(
+            f"`max_seconds` must be None with `spread`, since clocks differ; got {max_seconds}."
+        )
     check_arguments(model, guide, args, kwargs)
     store: dict = {"params": {}, "constraints": {}}
     with _seeded(seed), pyro.get_param_store().scope(store):
@@ -144,7 +152,7 @@ def fit(
             )
         optim = GlobalOptim(lr, clip_norm=clip_norm, schedule=Schedule(num_steps))
         run = Run(
-            FlowSVI(model, guide, optim, objective),
+            _svi(model, guide, optim, objective, spread),
             Average(average),
             None if tolerance is None else Plateau(max(num_steps // 33, 30), tolerance),
             RunOptions(
@@ -159,14 +167,24 @@ def fit(
             return _finish(run, find, notes, store)
 
 
+def _svi(
+    model: Callable,
+    guide: Callable,
+    optim: GlobalOptim,
+    objective: Objective,
+    spread: Spread | None,
+) -> FlowSVI:
+    if spread is None:
+        return FlowSVI(model, guide, optim, objective)
+    return DistributedSVI(model, guide, optim, objective, spread=spread)
+
+
 def _finish(run: Run, find: Callable, notes: list[str], store: dict) -> Fit:
     """Start or resume, train, choose the iterate, and measure the result."""
     svi, checkpoint = run.svi, run.options.checkpoint
     found = None
     run.svi.optim.admit(svi.named_parameters())
-    if checkpoint is not None and os.path.exists(checkpoint):
-        run.resume()
-    else:
+    if not run.resume():
         found, more = find()
         notes = [*notes, *more]
         svi.optim.admit(svi.named_parameters())

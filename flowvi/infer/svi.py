@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyro
 import pyro.infer
@@ -58,6 +59,15 @@ class FlowSVI(pyro.infer.SVI):
     def step(self, *args: object, **kwargs: object) -> float:
         """One step; gives the loss (nats) as a float."""
         return self.step_async(*args, **kwargs).item()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return True
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What ``make()`` gives in the first process."""
+        return make()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Unconstrained trainable parameters in a fixed order, each once."""
