@@ -10,6 +10,7 @@ from flowvi.paths.interpolant import (
     InterpolantNoise,
     StochasticInterpolant,
 )
+from flowvi.paths.matching import matched
 from flowvi.paths.mixture import MixturePath
 from flowvi.paths.prediction import PredictedDrift, Prediction, convert, prediction_family, split
 from flowvi.paths.process import ProcessFamily
@@ -21,7 +22,7 @@ from flowvi.paths.schedules import (
     VarianceExploding,
 )
 from flowvi.paths.sde import SDE, Drift
-from flowvi.paths.times import DensityTimes, TimeLaw, UniformTimes
+from flowvi.paths.times import DensityTimes, LateTimes, TimeLaw, UniformTimes
 from flowvi.paths.variance_preserving import (
     LearnedMonotone,
     LinearLogSNR,
@@ -31,7 +32,6 @@ from flowvi.paths.variance_preserving import (
 )
 
 __all__ = [
-    "SDE",
     "AlphaSigma",
     "BridgeNoise",
     "BrownianBridge",
@@ -42,6 +42,7 @@ __all__ = [
     "FlowPath",
     "GaussianPath",
     "InterpolantNoise",
+    "LateTimes",
     "LearnedMonotone",
     "Linear",
     "LinearLogSNR",
@@ -51,6 +52,7 @@ __all__ = [
     "PredictedDrift",
     "Prediction",
     "ProcessFamily",
+    "SDE",
     "Schedule",
     "ScheduleDiffusion",
     "ScheduleValues",
@@ -64,6 +66,7 @@ __all__ = [
     "VariancePreserving",
     "VariancePreservingCosine",
     "convert",
+    "matched",
     "prediction_family",
     "split",
     "with_time",

@@ -86,6 +86,11 @@ class Path(nn.Module, ABC):
         """Number of standard normal numbers that make one state."""
         return self.dim
 
+    @property
+    def generating_diffusion(self) -> Diffusion | None:
+        """Noise that a drift trained on this path generates with; None for a flow without."""
+        return self.diffusion
+
     @abstractmethod
     def transform(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """State ``F(eps, t; y)``."""

@@ -100,6 +100,10 @@ class StochasticInterpolant(Path):
         self.gamma = gamma if known else _ByForwardMode(gamma)
         self.schedule = Linear() if schedule is None else schedule
 
+    @property
+    def generating_diffusion(self) -> Diffusion | None:
+        return None if self.gamma is None else self.diffusion
+
     def transform(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         start, end = self.ends(y)
         values = self.schedule(t)

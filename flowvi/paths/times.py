@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DensityTimes", "TimeLaw", "UniformTimes"]
+__all__ = ["DensityTimes", "LateTimes", "TimeLaw", "UniformTimes"]
 
 
 class TimeLaw(nn.Module, ABC):
@@ -80,6 +80,33 @@ class UniformTimes(TimeLaw):
     def place(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         width = self.high - self.low
         return self.low + width * uniform, torch.full_like(uniform, width)
+
+
+class LateTimes(TimeLaw):
+    r"""Times that crowd towards the last one, for integrands that are large there.
+
+    .. math:: \rho(t) = \frac{1}{2 \sqrt{(high - low)(high - t)}}
+
+    The drift of a bridge that is tied at the last time has noise of variance
+    :math:`\sigma^2 t / (1 - t)`, whose integral is infinite under uniform times and finite under
+    these.
+
+    Args:
+        low: first time; the process starts there.
+        high: last time.
+        stratified: draw on a shifted grid; otherwise independently.
+
+    Example:
+        >>> times, weights = LateTimes().draw((1000,), torch.empty(0))
+        >>> bool((times.median() - 0.75).abs() < 0.01), bool((weights.mean() - 1).abs() < 0.01)
+        (True, True)
+    """
+
+    def place(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        # No time rounds to the last one, where a bridge has no drift.
+        rest = (1 - uniform).clamp(min=torch.finfo(uniform.dtype).eps ** 0.5)
+        width = self.high - self.low
+        return self.low + width * (1 - rest.square()), 2 * width * rest
 
 
 class DensityTimes(TimeLaw):
