@@ -3,6 +3,7 @@
 from flowvi.infer.averaging import Average
 from flowvi.infer.distributed import DistributedSVI, Spread
 from flowvi.infer.fit import fit
+from flowvi.infer.minibatches import StratifiedMinibatches, stratified_indices
 from flowvi.infer.modes import Mode
 from flowvi.infer.optim import GlobalOptim, Schedule
 from flowvi.infer.result import Fit
@@ -20,7 +21,9 @@ __all__ = [
     "Schedule",
     "Spread",
     "Start",
+    "StratifiedMinibatches",
     "Target",
     "fit",
+    "stratified_indices",
     "warm_start",
 ]
