@@ -1,5 +1,11 @@
 """Did it work, and which works best: verdict in words, comparison of objectives, ArviZ export."""
 
+from flowvi.diagnostics.aggregate import (
+    ActiveUnits,
+    AggregatePosterior,
+    active_units,
+    aggregate_posterior,
+)
 from flowvi.diagnostics.check import Check, check
 from flowvi.diagnostics.compare import Comparison, ComparisonRow, compare
 from flowvi.diagnostics.drift import DriftTest, drift_test
@@ -21,6 +27,8 @@ from flowvi.diagnostics.shifts import Shifts
 from flowvi.diagnostics.verdict import Finding, Limits
 
 __all__ = [
+    "ActiveUnits",
+    "AggregatePosterior",
     "Bound",
     "Check",
     "Comparison",
@@ -33,6 +41,8 @@ __all__ = [
     "Limits",
     "ModeCoverage",
     "Shifts",
+    "active_units",
+    "aggregate_posterior",
     "check",
     "compare",
     "drift_test",

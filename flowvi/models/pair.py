@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flowvi.guides._names import claim_store_name
 
-__all__ = ["ELBOTerms", "LogLikelihood", "ModelGuidePair"]
+__all__ = ["ELBOTerms", "LogLikelihood", "ModelGuidePair", "check_context"]
 
 _ITEMS, _PARTICLES, _DATA = "items", "particles", "x"
 
@@ -211,7 +211,47 @@ class ModelGuidePair(nn.Module, ABC):
             ]
         return LogLikelihood(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
+    # The latents' laws, for diagnostics.
+
+    @torch.no_grad()
+    def posterior_trace(
+        self, x: Tensor, context: Tensor | None = None, num_particles: int = 1
+    ) -> dict[str, dict]:
+        """Latent sites of the guide, by name, with draws ``(num_particles, B, *event)``."""
+        with self._evaluating():
+            trace, _ = self._traces(self._checked(x, context), context, num_particles)
+        return _random_sites(trace)
+
+    @torch.no_grad()
+    def posterior_log_prob(
+        self, values: dict[str, Tensor], x: Tensor, context: Tensor | None = None
+    ) -> Tensor:
+        """Log-density of the latents under the posterior of every item, nats.
+
+        Args:
+            values: of all latent sites, ``(num_values, 1, *event)``.
+            x: items ``(B, *event_shape)``.
+            context: what they are conditioned on.
+
+        Shape:
+            result: ``(num_values, B)``.
+        """
+        guide = poutine.condition(self._run_guide, data=values)
+        return self._log_prob_of(guide, values, self._checked(x, context), context)
+
+    @torch.no_grad()
+    def prior_log_prob(self, values: dict[str, Tensor]) -> Tensor:
+        """Log-density of latents ``(num_values, 1, *event)`` under the prior, one column."""
+        model = poutine.condition(self._run_model, data=values)
+        return self._log_prob_of(model, values, None, None, 1)
+
     # How.
+
+    def _log_prob_of(self, program: Callable, values: dict[str, Tensor], *args: object) -> Tensor:
+        num_values = len(next(iter(values.values())))
+        with self._evaluating(), pyro.plate(_PARTICLES, num_values, dim=-2):
+            nodes = poutine.trace(program).get_trace(*args).nodes
+        return sum(nodes[name]["fn"].log_prob(value) for name, value in values.items())
 
     def _log_mean_weight(
         self, x: Tensor, context: Tensor | None, num_particles: int, max_rows: int
@@ -233,9 +273,7 @@ class ModelGuidePair(nn.Module, ABC):
         """Log-density of the data and ``log p - log q`` of each latent site, ``(K, B)``."""
         guide_trace, model_trace = self._traces(x, context, num_particles)
         scores = {}
-        for name, site in model_trace.nodes.items():
-            if site["type"] != "sample" or name in (_ITEMS, _PARTICLES):
-                continue
+        for name, site in _random_sites(model_trace).items():
             score = site["fn"].log_prob(site["value"])
             if name != _DATA:
                 drawn = guide_trace.nodes[name]
@@ -292,3 +330,29 @@ class ModelGuidePair(nn.Module, ABC):
         finally:
             for module in training:
                 module.training = True
+
+
+def check_context(context: Tensor | None, context_dim: int, rows: int | None) -> None:
+    """Refuse a context that is missing, not asked for, or of the wrong shape.
+
+    Args:
+        context: what items are conditioned on.
+        context_dim: its length; 0 for none.
+        rows: number of items, if known.
+    """
+    shape = None if context is None else tuple(context.shape)
+    if context_dim == 0:
+        if context is not None:
+            raise ValueError(f"`context` must be None without a context_dim; got shape {shape}.")
+        return
+    fits = shape is not None and len(shape) == 2 and shape[1] == context_dim
+    if not fits or rows not in (None, shape[0]):
+        count = "B" if rows is None else rows
+        raise ValueError(f"`context` must have shape ({count}, {context_dim}); got {shape}.")
+
+
+def _random_sites(trace: Trace) -> dict[str, dict]:
+    """Sample sites by name: of a guide its latents, of a model the data as well."""
+    plates = (_ITEMS, _PARTICLES)
+    nodes = trace.nodes.items()
+    return {n: s for n, s in nodes if s["type"] == "sample" and n not in plates}

@@ -8,13 +8,13 @@ from pyro.distributions import Categorical, Distribution, MixtureSameFamily
 from torch import Tensor, nn
 
 from flowvi.distributions import StandardNormal
+from flowvi.models.image_pair import ImagePair
 from flowvi.models.likelihoods import Likelihood
-from flowvi.models.pair import ModelGuidePair
 
 __all__ = ["VAE", "VampPrior"]
 
 
-class VAE(ModelGuidePair):
+class VAE(ImagePair):
     r"""Variational autoencoder: one latent vector behind each image.
 
     .. math:: z \sim p(z), \quad x \sim p(x \mid f(z)), \qquad q(z \mid x) = q(z \mid e(x))
@@ -66,17 +66,15 @@ class VAE(ModelGuidePair):
         context_dim: int = 0,
         num_total: int | None = None,
     ) -> None:
-        super().__init__(num_total=num_total)
+        super().__init__(likelihood, context_dim=context_dim, num_total=num_total)
         latent_dim = posterior.latent_dim
         _check_fit("posterior", "feature_dim", posterior, encoder.output_dim + context_dim)
         _check_fit("decoder", "input_dim", decoder, latent_dim + context_dim)
         _check_fit("decoder", "output_shape", decoder, likelihood.output_shape)
         self.encoder = encoder
         self.decoder = decoder
-        self.likelihood = likelihood
         self.posterior = posterior
         self.prior = StandardNormal(latent_dim) if prior is None else prior
-        self.context_dim = context_dim
 
     def generate(self, context: Tensor | None) -> Distribution:
         z = sample("z", self.latent_prior(context))
@@ -91,15 +89,7 @@ class VAE(ModelGuidePair):
 
     def latent_posterior(self, x: Tensor, context: Tensor | None = None) -> Distribution:
         """Law of the latent vector of each image, batch ``(B,)``."""
-        inputs = self.likelihood.inputs(x, next(self.parameters()))
-        return self.posterior(append(self.encoder(inputs), context))
-
-    def check(self, x: Tensor | None, context: Tensor | None, *, values: bool) -> Tensor | None:
-        check_context(context, self.context_dim, None if x is None else len(x))
-        if x is None:
-            return None
-        self.likelihood.check(x, values=values)
-        return x.to(next(self.parameters()).dtype)
+        return self.posterior(append(self.encoder(self.inputs(x)), context))
 
 
 class VampPrior(nn.Module):
@@ -152,19 +142,6 @@ def append(z: Tensor, context: Tensor | None) -> Tensor:
     if context is None:
         return z
     return torch.cat([z, context.to(z.dtype).expand(*z.shape[:-1], -1)], -1)
-
-
-def check_context(context: Tensor | None, context_dim: int, rows: int | None) -> None:
-    """Refuse a context that is missing, not asked for, or of the wrong shape."""
-    shape = None if context is None else tuple(context.shape)
-    if context_dim == 0:
-        if context is not None:
-            raise ValueError(f"`context` must be None without a context_dim; got shape {shape}.")
-    elif (
-        shape is None or len(shape) != 2 or shape[1] != context_dim or rows not in (None, shape[0])
-    ):
-        count = "B" if rows is None else rows
-        raise ValueError(f"`context` must have shape ({count}, {context_dim}); got {shape}.")
 
 
 def _check_fit(name: str, attribute: str, module: nn.Module, wanted: object) -> None:
