@@ -19,9 +19,13 @@ class Prediction(enum.Enum):
     r"""What a network says about a state :math:`x = \alpha\,data + \sigma\,noise`.
 
     Each is a linear function of data and noise: the data, the noise, the velocity
-    :math:`\alpha'\,data + \sigma'\,noise` and the score :math:`-noise / \sigma`.
+    :math:`\alpha'\,data + \sigma'\,noise`, the score :math:`-noise / \sigma` and the angular
+    velocity :math:`\alpha\,noise - \sigma\,data`, known as v-prediction, whose size is that of
+    the data at all times where the schedule preserves variance (Salimans and Ho (2022),
+    Progressive distillation, arXiv:2202.00512, appendix D).
     """
 
+    ANGULAR = enum.auto()
     DATA = enum.auto()
     NOISE = enum.auto()
     SCORE = enum.auto()
@@ -35,6 +39,8 @@ class Prediction(enum.Enum):
             return 0.0, 1.0
         if self is Prediction.SCORE:
             return 0.0, -1 / values.sigma
+        if self is Prediction.ANGULAR:
+            return -values.sigma, values.alpha
         return values.d_alpha, values.d_sigma
 
 

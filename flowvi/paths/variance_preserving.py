@@ -276,12 +276,17 @@ class LearnedMonotone(_LogSNRSchedule):
         s = torch.sigmoid(rate * (t.unsqueeze(-1) - self.middle))
         return t + (weight * s).sum(-1), 1 + (weight * rate * s * (1 - s)).sum(-1)
 
-    def _log_snr_and_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def share_and_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the log signal-to-noise ratio is between its ends, from 0 to 1, and its rate."""
         low = self._height_and_rate(t.new_zeros(()))[0]
         high = self._height_and_rate(t.new_ones(()))[0]
         height, rate = self._height_and_rate(t)
-        width = softplus(self.raw_ends[1]) / (high - low)
-        return self.raw_ends[0] + width * (height - low), width * rate
+        return (height - low) / (high - low), rate / (high - low)
+
+    def _log_snr_and_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        share, rate = self.share_and_rate(t)
+        width = softplus(self.raw_ends[1])
+        return self.raw_ends[0] + width * share, width * rate
 
 
 def _ordered_ends(log_snr_min: float, log_snr_max: float) -> Tensor:

@@ -24,7 +24,7 @@ PAIRS = list(permutations(Prediction, 2))
 
 
 def truth(schedule, t: torch.Tensor, data: torch.Tensor, noise: torch.Tensor):
-    """State and all four predictions, written out."""
+    """State and all five predictions, written out."""
     h = 1e-6
     values = schedule(t)
     ahead, behind = schedule(t + h), schedule(t - h)
@@ -34,6 +34,7 @@ def truth(schedule, t: torch.Tensor, data: torch.Tensor, noise: torch.Tensor):
     state = values.alpha * data + values.sigma * noise
     score = (values.alpha * data - state) / values.sigma**2
     return state, {
+        Prediction.ANGULAR: values.alpha * noise - values.sigma * data,
         Prediction.DATA: data,
         Prediction.NOISE: noise,
         Prediction.SCORE: score,
@@ -57,8 +58,8 @@ def test_every_conversion_gives_the_truth_and_round_trips(name, source, target):
     torch.testing.assert_close(back, output, rtol=1e-8, atol=1e-8)
 
 
-def test_twelve_conversions():
-    assert len(PAIRS) == 12
+def test_twenty_conversions():
+    assert len(PAIRS) == 20
 
 
 @pytest.mark.parametrize("prediction", list(Prediction), ids=lambda p: p.name)
