@@ -143,7 +143,13 @@ def realnvp_image(
         torch.Size([5, 1, 8, 8])
     """
     parts = _Parts(shape, context_dim, num_layers, hidden_dims, context_shape, activation)
-    parts.check_levels(num_levels, 2 ** (num_levels - 1) if isinstance(num_levels, int) else 1)
+    divisor = 2 ** (num_levels - 1) if isinstance(num_levels, int) else 1
+    parts.check_levels(num_levels, divisor)
+    if divisor**2 == math.prod(parts.shape[1:]):
+        raise ValueError(
+            "`shape` must have a height and width that leave more than one pixel at the last "
+            f"level of {num_levels}; got {parts.shape}."
+        )
     elementwise = Affine() if elementwise is None else elementwise
 
     def steps(shape: Shape, masks: list[Tensor | list[bool]]) -> list[FlowTransform]:
