@@ -1,5 +1,11 @@
 """Model-and-guide pairs for stock ``SVI``."""
 
+from flowvi.models.bits import bits_per_dim
+from flowvi.models.dequantisation import (
+    Dequantizer,
+    UniformDequantizer,
+    VariationalDequantizer,
+)
 from flowvi.models.drifts import DriftMLP
 from flowvi.models.encoders import (
     ConvolutionalEncoder,
@@ -7,6 +13,8 @@ from flowvi.models.encoders import (
     RecurrentEncoder,
     SeriesEncoder,
 )
+from flowvi.models.f_vae import FVAE
+from flowvi.models.image_flow import ImageFlow, ImageFlowLikelihood
 from flowvi.models.image_networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 from flowvi.models.latent_posteriors import (
     LatentPosterior,
@@ -45,6 +53,7 @@ from flowvi.models.posteriors import (
 from flowvi.models.vae import VAE, VampPrior
 
 __all__ = [
+    "FVAE",
     "VAE",
     "BernoulliLikelihood",
     "CategoricalLikelihood",
@@ -52,6 +61,7 @@ __all__ = [
     "ConvDecoder",
     "ConvEncoder",
     "ConvolutionalEncoder",
+    "Dequantizer",
     "DiagonalPosterior",
     "DiscretisedLogisticLikelihood",
     "DriftMLP",
@@ -59,6 +69,8 @@ __all__ = [
     "FirstFramesEncoder",
     "FlowPosterior",
     "GaussianDecoder",
+    "ImageFlow",
+    "ImageFlowLikelihood",
     "LatentPosterior",
     "LatentSDE",
     "LatentTerms",
@@ -74,7 +86,10 @@ __all__ = [
     "SeriesEncoder",
     "SimulatedLatent",
     "SimulationFreeLatent",
+    "UniformDequantizer",
     "VampPrior",
+    "VariationalDequantizer",
+    "bits_per_dim",
     "cnf_posterior",
     "full_posterior",
     "householder_sylvester_posterior",
