@@ -67,7 +67,7 @@ class FVAE(VAE):
     ) -> None:
         if not isinstance(likelihood, ImageFlowLikelihood):
             raise TypeError(
-                f"`likelihood` must be a ImageFlowLikelihood; got {type(likelihood).__name__}. "
+                f"`likelihood` must be an ImageFlowLikelihood; got {type(likelihood).__name__}. "
                 "Other likelihoods are for VAE."
             )
         super().__init__(
