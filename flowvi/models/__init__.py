@@ -1,6 +1,14 @@
 """Model-and-guide pairs for stock ``SVI``."""
 
 from flowvi.models.bits import bits_per_dim
+from flowvi.models.couplings import (
+    IndependentCoupling,
+    LearnedCoupling,
+    OptimalTransportCoupling,
+    PairedCoupling,
+    SinkhornCoupling,
+    StartCoupling,
+)
 from flowvi.models.dequantisation import (
     Dequantizer,
     UniformDequantizer,
@@ -36,6 +44,7 @@ from flowvi.models.likelihoods import (
     Likelihood,
     NormalLikelihood,
 )
+from flowvi.models.ode_likelihood import ODELikelihood
 from flowvi.models.pair import ELBOTerms, LogLikelihood, ModelGuidePair
 from flowvi.models.posteriors import (
     DiagonalPosterior,
@@ -50,6 +59,9 @@ from flowvi.models.posteriors import (
     spline_posterior,
     triangular_sylvester_posterior,
 )
+from flowvi.models.rectified_flow import RectifiedFlow
+from flowvi.models.rectified_terms import RectifiedTerms
+from flowvi.models.transport import TransportCost, normalised_path_energy, wasserstein_distance
 from flowvi.models.vae import VAE, VampPrior
 
 __all__ = [
@@ -71,9 +83,11 @@ __all__ = [
     "GaussianDecoder",
     "ImageFlow",
     "ImageFlowLikelihood",
+    "IndependentCoupling",
     "LatentPosterior",
     "LatentSDE",
     "LatentTerms",
+    "LearnedCoupling",
     "Likelihood",
     "LogLikelihood",
     "MLPDecoder",
@@ -81,11 +95,19 @@ __all__ = [
     "ModelGuidePair",
     "NormalLikelihood",
     "NormalStart",
+    "ODELikelihood",
+    "OptimalTransportCoupling",
+    "PairedCoupling",
     "Prediction",
+    "RectifiedFlow",
+    "RectifiedTerms",
     "RecurrentEncoder",
     "SeriesEncoder",
     "SimulatedLatent",
     "SimulationFreeLatent",
+    "SinkhornCoupling",
+    "StartCoupling",
+    "TransportCost",
     "UniformDequantizer",
     "VampPrior",
     "VariationalDequantizer",
@@ -94,9 +116,11 @@ __all__ = [
     "full_posterior",
     "householder_sylvester_posterior",
     "iaf_posterior",
+    "normalised_path_energy",
     "orthogonal_sylvester_posterior",
     "planar_posterior",
     "realnvp_posterior",
     "spline_posterior",
     "triangular_sylvester_posterior",
+    "wasserstein_distance",
 ]
