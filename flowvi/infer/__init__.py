@@ -1,6 +1,7 @@
 """Fitting a guide to a model: the target density, the warm start, the fit loop."""
 
 from flowvi.infer.averaging import Average
+from flowvi.infer.compiled import CompiledSVI
 from flowvi.infer.distributed import DistributedSVI, Spread
 from flowvi.infer.fit import fit
 from flowvi.infer.minibatches import StratifiedMinibatches, stratified_indices
@@ -13,6 +14,7 @@ from flowvi.infer.target import Target
 
 __all__ = [
     "Average",
+    "CompiledSVI",
     "DistributedSVI",
     "Fit",
     "FlowSVI",

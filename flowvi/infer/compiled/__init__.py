@@ -1,0 +1,8 @@
+"""Steps of SVI as one compiled graph."""
+
+from flowvi.infer.compiled.backends import Backend, Interpreter, Loop
+from flowvi.infer.compiled.hazards import NotCompilable
+from flowvi.infer.compiled.native import Native
+from flowvi.infer.compiled.svi import CompiledSVI
+
+__all__ = ["Backend", "CompiledSVI", "Interpreter", "Loop", "Native", "NotCompilable"]

@@ -1,0 +1,236 @@
+"""A compiled program: bound to parameters and optimiser, checked against the eager steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flowvi.infer.compiled.backends import Backend, Loop
+from flowvi.infer.compiled.hazards import NotCompilable
+from flowvi.infer.compiled.noise import NoiseTable
+from flowvi.infer.compiled.optimizers import OptimizerState
+from flowvi.infer.compiled.step import Buffers, StepGraph, build_step
+from flowvi.infer.compiled.tracing import Program, Traced, keep_random_state
+
+__all__ = ["CompiledProgram", "check_gradients", "check_steps"]
+
+# Largest difference between compiled and eager numbers, in units of the largest number.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
+
+
+class CompiledProgram:
+    """A traced program that is ready to take steps.
+
+    Args:
+        traced: loss and gradients; its graph becomes part of the step's.
+        state: the optimiser's state.
+        buffers: what the step changes.
+        backend: what runs the step.
+        data: tensors among the data.
+        num_rows: most steps per call.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        state: OptimizerState,
+        buffers: Buffers,
+        backend: Backend,
+        data: Sequence[Tensor],
+        num_rows: int,
+    ) -> None:
+        self.state, self.buffers, self.traced = state, buffers, traced
+        step: StepGraph = build_step(traced, state.update, buffers, data, num_rows)
+        self.noise = NoiseTable(step.draws, num_rows)
+        self.num_rows = num_rows
+        self.loop: Loop = backend.prepare(step)
+        self._row = buffers.counters[:1]
+        self._first_rate = buffers.rates[:1]
+        self._fixed = [*buffers.tensors, *self.noise.tables, *traced.live]
+        self._rate: float | None = None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether parameters, optimiser and what was read are as they were."""
+        return self.state.is_bound(self.buffers) and not self.traced.stale
+
+    @torch.no_grad()
+    def take(self, data: Sequence[Tensor], num_steps: int) -> Tensor:
+        """Take steps; gives loss and reports of each, in a buffer that the next call reuses.
+
+        Shape:
+            result: ``(num_steps, 1 + reports)``.
+        """
+        values = self.evaluate(data, num_steps)
+        if self.state.steps_in_python:
+            grads = self.buffers.layout.split(self.buffers.moments[0])
+            for param, grad in zip(self.state.params, grads, strict=True):
+                param.grad = grad
+            with torch.enable_grad():
+                self.state.advance(num_steps)
+        else:
+            self.state.advance(num_steps)
+        return values
+
+    def evaluate(self, data: Sequence[Tensor], num_steps: int) -> Tensor:
+        """The part of the steps that is in the graph, as :meth:`take`."""
+        rates = self.state.rates(num_steps)
+        self._row.zero_()
+        if num_steps == 1:
+            self.noise.draw_one()
+            self._first_rate.fill_(rates[0])
+        else:
+            self.noise.draw_many(num_steps)
+            self.buffers.rates[:num_steps] = torch.tensor(rates, dtype=torch.float64)
+        self.loop.run([*self._fixed, *data], num_steps)
+        return self.buffers.values[:num_steps]
+
+
+def check_gradients(program: Program, traced: Traced, num_checks: int) -> None:
+    """Compare a traced graph with the eager program at shifted parameters and data.
+
+    Random state, parameters and buffers are put back.
+
+    Raises:
+        NotCompilable: naming what differs.
+    """
+    tensors = [*traced.params, *traced.live, *program.tensors()]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    with keep_random_state():
+        try:
+            for trial in range(num_checks):
+                for tensor, value in zip(tensors, kept, strict=True):
+                    tensor.detach().copy_(value)
+                _shift([*traced.params, *program.tensors()], trial)
+                _compare_once(program, traced, trial)
+        finally:
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.detach().copy_(value)
+
+
+def _compare_once(program: Program, traced: Traced, seed: int) -> None:
+    live = [tensor.detach().clone() for tensor in traced.live]
+    torch.manual_seed(seed)
+    try:
+        loss = program.loss()
+        grads = torch.autograd.grad(loss, traced.params)
+    except (ValueError, RuntimeError, ArithmeticError):
+        # Shifted data or parameters may be outside the model's domain.
+        return
+    expected = {"loss": loss.detach(), **_numbered(grads)}
+    for tensor, value in zip(traced.live, live, strict=True):
+        tensor.detach().copy_(value)
+    torch.manual_seed(seed)
+    inputs = [t.detach() for t in (*traced.params, *traced.live, *program.tensors())]
+    outputs = traced.graph(*inputs)
+    found = {"loss": outputs[0], **_numbered(outputs[1 + len(traced.reports) :])}
+    for name, value in expected.items():
+        if not _close(found[name], value):
+            raise NotCompilable(
+                f"A compiled step must do what the eager step does; its {name} differs from the "
+                "eager one where parameters and data are shifted. The program depends on "
+                "something that is no tensor operation (a value read in Python, a counter, numpy)."
+            )
+
+
+def _numbered(grads: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"gradient {i}": grad.detach() for i, grad in enumerate(grads)}
+
+
+@torch.no_grad()
+def _shift(tensors: Sequence[Tensor], trial: int) -> None:
+    generator = torch.Generator().manual_seed(trial)
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+            tensor.detach().mul_(1 + 0.01 * noise.to(tensor))
+
+
+def check_steps(
+    compiled: CompiledProgram,
+    program: Program,
+    eager_step: Callable[[], object],
+    num_checks: int,
+) -> None:
+    """Compare compiled steps with eager steps of the user's optimiser, each from the same state.
+
+    Everything is put back.
+
+    Raises:
+        NotCompilable: naming what differs.
+    """
+    buffers, state = compiled.buffers, compiled.state
+    inside = [buffers.param, *buffers.moments, buffers.counts, buffers.counters]
+    inside += list(compiled.traced.live)
+    start, restore = _copies(inside), state.snapshot()
+    with keep_random_state():
+        try:
+            for trial in range(num_checks):
+                before, back = _copies(inside), state.snapshot()
+                torch.manual_seed(trial)
+                _eager(compiled, program, eager_step)
+                after = _copies(inside)
+                back()
+                _load(inside, before)
+                torch.manual_seed(trial)
+                with torch.no_grad():
+                    compiled.evaluate(program.tensors(), 1)
+                _compare_states(compiled, before, after, _copies(inside))
+                _load(inside, after)
+        finally:
+            restore()
+            _load(inside, start)
+
+
+def _eager(compiled: CompiledProgram, program: Program, step: Callable[[], object]) -> None:
+    """An eager step, or its gradient alone where the compiled one gives no more."""
+    if not compiled.state.steps_in_python:
+        step()
+        return
+    grads = torch.autograd.grad(program.loss(), compiled.state.params)
+    compiled.buffers.moments[0].copy_(torch.cat([grad.reshape(-1) for grad in grads]))
+
+
+def _compare_states(
+    compiled: CompiledProgram, before: list[Tensor], after: list[Tensor], found: list[Tensor]
+) -> None:
+    number = 1 + len(compiled.buffers.moments)
+    for position in range(1, number):
+        if not _close(found[position], after[position]):
+            raise NotCompilable(
+                "A compiled step must do what the eager step does; the optimiser's state differs."
+            )
+    # An element whose gradient is rounding alone moves by the learning rate in either direction.
+    moved = (after[0] - before[0]).abs().max()
+    weak = torch.zeros_like(after[0], dtype=torch.bool)
+    if number > 1:
+        first = after[1].abs()
+        weak = first < 1e-4 * first.max()
+    off = (found[0] - after[0]).abs().masked_fill(weak, 0.0)
+    slack = 1e-5 * after[0].abs().max()
+    if not bool((off <= 0.02 * moved + slack).all() | after[0].isnan().any()):
+        raise NotCompilable(
+            "A compiled step must do what the eager step does; the new parameters differ by "
+            f"{float(off.max()):.2g} where they moved by {float(moved):.2g}."
+        )
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    finite = expected.isfinite()
+    if not torch.equal(finite, found.isfinite()):
+        return False
+    scale = expected.masked_fill(~finite, 0.0).abs().max()
+    error = (found - expected).masked_fill(~finite, 0.0).abs().max()
+    return bool(error <= _TOLERANCE.get(expected.dtype, 1e-3) * scale + 1e-30)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@torch.no_grad()
+def _load(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.detach().copy_(value)
