@@ -15,7 +15,7 @@ from torch import Tensor
 from flowvi.distributions import AugmentedFlowDistribution, Flow, FlowDistribution
 from flowvi.distributions.augmented import check_auxiliary, gaussian_auxiliary
 from flowvi.flows import realnvp
-from flowvi.guides._recipes import check_whitening, make_flow
+from flowvi.guides._recipes import make_flow
 from flowvi.guides._replay import Supply
 from flowvi.guides.auto import AutoFlow
 from flowvi.transforms import FlowTransform, Whitening, compose
@@ -97,18 +97,8 @@ class AutoAugmentedFlow(AutoFlow):
         self._whiten(loc, self._init_scale * torch.diag(torch.ones_like(loc)))
         self._recipe = None
 
-    def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Set the whitening of the latent; the extra dimensions keep theirs.
-
-        Args:
-            loc: unconstrained location, shape ``(latent_dim,)``.
-            scale_tril: lower-triangular scale, shape ``(latent_dim, latent_dim)``.
-        """
-        self._require_built()
-        check_whitening(loc, scale_tril, self.latent_dim)
-        self._whiten(loc, scale_tril)
-
     def _whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
+        # The extra dimensions keep theirs.
         extra = torch.ones_like(loc[:1]).expand(self.num_extra)
         self.whitening.set_(
             torch.cat([loc, 0 * extra]), torch.block_diag(scale_tril, torch.diag(extra))

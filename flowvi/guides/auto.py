@@ -105,6 +105,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """
         self._require_built()
         check_whitening(loc, scale_tril, self.latent_dim)
+        self._whiten(loc, scale_tril)
+
+    def _whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
         self.whitening.set_(loc, scale_tril)
 
     # The AutoContinuous contract.

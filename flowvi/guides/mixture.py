@@ -124,7 +124,7 @@ class AutoMixtureFlow(AutoFlow):
             flow = make_flow(self._recipe[0], self.latent_dim)
             flows.append(flow.then(Whitening(self.latent_dim)))
         self.flow = MixtureFlow(flows).to(device=loc.device, dtype=loc.dtype)
-        self._spread(loc, self._init_scale * torch.diag(torch.ones_like(loc)))
+        self._whiten(loc, self._init_scale * torch.diag(torch.ones_like(loc)))
         if self._modes is not None:
             self.whiten_modes(self._modes)
         self._recipe = self._modes = None
@@ -141,18 +141,8 @@ class AutoMixtureFlow(AutoFlow):
         self._require_built()
         return [flow.transform.parts[-1] for flow in self.flow.flows]
 
-    def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Set one whitening for all components; all but the first are moved at random.
-
-        Args:
-            loc: unconstrained location, shape ``(latent_dim,)``.
-            scale_tril: lower-triangular scale, shape ``(latent_dim, latent_dim)``.
-        """
-        self._require_built()
-        check_whitening(loc, scale_tril, self.latent_dim)
-        self._spread(loc, scale_tril)
-
-    def _spread(self, loc: Tensor, scale_tril: Tensor) -> None:
+    def _whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
+        # One whitening for all components; all but the first are moved at random.
         for k, whitening in enumerate(self.whitenings):
             shift = torch.randn_like(loc) if k else torch.zeros_like(loc)
             whitening.set_(loc + scale_tril @ shift, scale_tril)
