@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = {
     "cnf_density": ["cnf_density.py"],
     "cnf_posteriors": ["cnf_posteriors.py"],
+    "f_vae": ["f_vae.py"],
     "latent_sde": ["latent_sde.py"],
     "compare": [
         *("compare.py", "--problems", "eight_schools", "--workers", "1"),
@@ -29,6 +30,7 @@ PRINTED = {
     "cnf_density": "integral",
     "cnf_posteriors": "Pareto k",
     "compare": "Pareto k",
+    "f_vae": "weighted",
     "latent_sde": "path KL",
     "posteriors": "Pareto k",
     "sde_posteriors": "weighted",

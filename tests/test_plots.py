@@ -54,6 +54,8 @@ CASES = {
     "comparison": lambda ax=None: plots.comparison(Comparison(ROWS, "10 steps", 0.0), ax),
     "comparison, no evidence": lambda ax=None: plots.comparison(Comparison(ROWS, ""), ax),
     "gradients": lambda ax=None: plots.gradients(GradientReport(ESTIMATORS, 3, 100, 2), ax),
+    "image_grid": lambda ax=None: plots.image_grid(torch.rand(5, 1, 8, 6), ax),
+    "image_grid, colours": lambda ax=None: plots.image_grid(torch.rand(3, 3, 4, 4), ax),
     "pareto_k_bars": lambda ax=None: plots.pareto_k_bars({"a": 0.2, "b": float("inf")}, ax),
 }
 
@@ -89,7 +91,22 @@ def test_pareto_colours_follow_the_threshold():
     assert ax.patches[0].get_facecolor() != ax.patches[1].get_facecolor()
 
 
+def test_image_grid_puts_images_in_rows():
+    images = torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 1, 2, 3)
+    ax = plots.image_grid(images, num_columns=2, high=4.0)
+    sheet = ax.images[0].get_array()
+    assert sheet.shape == (5, 7, 3)
+    assert (sheet[:2, :3] == 0).all()
+    assert (sheet[:2, 4:] == 0.25).all()
+    assert (sheet[3:, :3] == 0.5).all()
+    assert (sheet[2] == 1).all()
+
+
 def test_messages():
+    with pytest.raises(ValueError, match=r"`images` must have shape \(N, C, H, W\)"):
+        plots.image_grid(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="`num_columns` must be at least 1; got 0"):
+        plots.image_grid(torch.zeros(3, 1, 8, 8), num_columns=0)
     with pytest.raises(ValueError, match="`draws` must hold at least one guide"):
         plots.marginals({})
     with pytest.raises(ValueError, match=r"`draws\['a'\]` must be a vector of at least 2 finite"):

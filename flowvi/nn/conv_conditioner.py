@@ -43,6 +43,7 @@ class ConvConditioner(nn.Module):
         Kingma and Dhariwal (2018), Glow, arXiv:1807.03039, section 3.3 (the kernels).
 
     Example:
+        >>> import torch
         >>> net = ConvConditioner((2, 4, 4), (8, 8), 6, context_dim=10)
         >>> net(torch.zeros(5, 3, 2, 4, 4), torch.zeros(3, 10)).shape
         torch.Size([5, 3, 6, 4, 4])

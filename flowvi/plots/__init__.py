@@ -9,12 +9,14 @@ from flowvi.plots.fits import (
     pareto_k_bars,
     shift_errors,
 )
+from flowvi.plots.images import image_grid
 
 __all__ = [
     "comparison",
     "drift_scores",
     "elbo_trace",
     "gradients",
+    "image_grid",
     "marginals",
     "pairs",
     "pareto_k_bars",
