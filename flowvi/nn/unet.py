@@ -15,7 +15,7 @@ __all__ = ["UNet"]
 
 
 class UNet(Denoiser):
-    """Convolutions at falling and rising resolutions, joined across; time shifts every block.
+    """Convolutions at falling and rising resolutions, joined across; time modulates each block.
 
     States are flat, as paths have them, and are folded to images inside.
 
@@ -128,20 +128,24 @@ class UNet(Denoiser):
 
 
 class _Block(nn.Module):
-    """Two convolutions with a shift in between, beside a short cut; starts as the short cut."""
+    """Two convolutions beside a short cut; time scales and shifts what is between them.
+
+    It does so after the normalisation, which would take a shift away again.
+    """
 
     def __init__(self, inputs: int, outputs: int, condition: int, dropout: float) -> None:
         super().__init__()
         self.before = nn.Sequential(_norm(inputs), nn.SiLU(), _conv(inputs, outputs))
-        self.shift = nn.Linear(condition, outputs)
-        self.after = nn.Sequential(
-            _norm(outputs), nn.SiLU(), nn.Dropout(dropout), _zero(_conv(outputs, outputs))
-        )
+        self.norm = _norm(outputs)
+        self.modulation = nn.Linear(condition, 2 * outputs)
+        self.after = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), _zero(_conv(outputs, outputs)))
         self.short = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift = self.shift(F.silu(condition)).unsqueeze(-1).unsqueeze(-1)
-        return self.short(x) + self.after(self.before(x) + shift)
+        modulation = self.modulation(F.silu(condition)).unsqueeze(-1).unsqueeze(-1)
+        scale, shift = modulation.chunk(2, 1)
+        h = self.norm(self.before(x))
+        return self.short(x) + self.after(torch.addcmul(h + shift, h, scale))
 
 
 class _Halve(nn.Module):
