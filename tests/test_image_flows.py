@@ -73,6 +73,16 @@ def test_round_trip_of_the_whole_flow(name):
     torch.testing.assert_close((again, ladj), (y, -back), rtol=0, atol=1e-8)
 
 
+@every
+def test_every_entry_is_moved_by_others(name):
+    case, flow = build(name, 0.3)
+    context = context_of(case)
+    x = torch.randn(case.event_shape)
+    jacobian = torch.func.jacrev(lambda x: flow.transform(x, context))(x)
+    moved = jacobian.reshape(x.numel(), -1) != 0
+    assert (moved.sum(1) > 1).all()
+
+
 def test_density_of_two_scales_integrates_to_one():
     flow = realnvp_image((1, 2, 4), num_levels=2, num_layers=1, hidden_dims=(4,))
     with torch.no_grad():
