@@ -92,8 +92,9 @@ class Likelihood(nn.Module, ABC):
             expected = ", ".join(["B", *map(str, self.event_shape)])
             raise ValueError(f"`x` must have shape ({expected}); got {tuple(x.shape)}.")
         if x.is_complex() or not (x.is_floating_point() or self.takes_integers):
+            kind = "a real" if self.takes_integers else "a floating"
             raise ValueError(
-                f"`x` must have a floating dtype for {type(self).__name__}; got {x.dtype}."
+                f"`x` must have {kind} dtype for {type(self).__name__}; got {x.dtype}."
             )
         if values and x.numel():
             self._check_values(x)

@@ -321,6 +321,13 @@ class ModelGuidePair(nn.Module, ABC):
         for suffix, parameter in own.items():
             pyro.param(self._store_name + suffix, parameter)
 
+    def __getstate__(self) -> dict:
+        # Pyro hangs a weak reference on every parameter that it hands out, anew in every step;
+        # it cannot be pickled.
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return self.__dict__.copy()
+
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         training = [module for module in self.modules() if module.training]

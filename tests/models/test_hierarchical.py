@@ -1,0 +1,133 @@
+"""Several layers of latents: merging, exact evidence by quadrature, free bits, warm-up."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from registry import IMAGE
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from flowvi.models import (
+    BernoulliLikelihood,
+    HierarchicalVAE,
+    LadderVAE,
+    ResidualVAE,
+    TopDownVAE,
+    precision_weighted,
+)
+from flowvi.objectives import BetaELBO, FreeBits, LinearSchedule
+
+SMALL = (1, 2, 2)
+MAKERS = {
+    "hierarchical": lambda: HierarchicalVAE(BernoulliLikelihood(SMALL), (1, 1), (4, 4)),
+    "ladder": lambda: LadderVAE(BernoulliLikelihood(SMALL), (1, 1), (4, 4), batch_norm=False),
+    "ladder, batch norm": lambda: LadderVAE(BernoulliLikelihood(SMALL), (1, 1), (4, 4)),
+}
+
+
+def test_merged_law_is_the_normalised_product():
+    first, second = (
+        torch.distributions.Independent(Normal(torch.randn(4, 3), torch.rand(4, 3) + 0.1), 1)
+        for _ in range(2)
+    )
+    merged = precision_weighted(first, second)
+    z = torch.randn(50, 4, 3)
+    constant = merged.log_prob(z) - first.log_prob(z) - second.log_prob(z)
+    # Minus the log of the integral of the product, which is a normal density of the means.
+    spread = (first.variance + second.variance).sqrt()
+    exact = -Normal(first.mean, spread).log_prob(second.mean).sum(-1)
+    assert torch.allclose(constant, exact.expand(50, 4))
+
+
+def test_merging_with_a_very_sharp_or_very_wide_law():
+    first = Normal(torch.tensor([1.0]), torch.tensor([1e-20])).expand((1,))
+    wide = Normal(torch.tensor([5.0]), torch.tensor([1e20]))
+    first, wide = (torch.distributions.Independent(law, 1) for law in (first, wide))
+    for merged in (precision_weighted(first, wide), precision_weighted(wide, first)):
+        assert float(merged.mean) == pytest.approx(1)
+        assert float(merged.stddev) == pytest.approx(1e-20)
+
+
+def quadrature(pair: nn.Module, x: Tensor) -> Tensor:
+    """log p(x) by Gauss-Hermite in the upper latent and given it in the lower one."""
+    points, weights = np.polynomial.hermite_e.hermegauss(60)
+    eps, log_w = torch.tensor(points), torch.tensor(weights).log() - 0.5 * math.log(2 * math.pi)
+    top = eps.unsqueeze(-1)
+    law = pair.down[0](top) if isinstance(pair, HierarchicalVAE) else pair.stages[1].prior(top)
+    z = law.mean + law.stddev * eps.reshape(-1, 1, 1)
+    logits = pair.decoder(z).flatten(2)
+    scores = (x.flatten(1)[:, None, None] * logits - nn.functional.softplus(logits)).sum(-1)
+    return (scores + log_w[:, None] + log_w).flatten(1).logsumexp(1)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_evidence_against_quadrature(name: str):
+    pair = MAKERS[name]()
+    # A model with much to say and a guide that is near its prior, so that weights are tame.
+    for key, parameter in pair.named_parameters():
+        nn.init.normal_(parameter, std=0.8 if key.startswith("decoder") else 0.25)
+    x = (torch.rand(6, *SMALL) < 0.5).double()
+    pair.eval()
+    with torch.no_grad():
+        exact = quadrature(pair, x)
+    estimate = pair.log_likelihood(x, 4000)
+    # 4000 draws, five standard errors.
+    assert bool(((estimate.value - exact).abs() < 5 * estimate.se + 1e-3).all())
+    assert float(estimate.se.max()) < 0.2
+    with torch.no_grad():
+        elbo = pair.terms(x, num_particles=2000).elbo
+    assert bool((elbo < exact + 0.02).all())
+
+
+def test_top_of_a_ladder_sees_the_image_alone():
+    pair = LadderVAE(BernoulliLikelihood(IMAGE), (3, 2), (6, 5), batch_norm=False)
+    x = (torch.rand(2, *IMAGE) < 0.5).double()
+    sites = pair.posterior_trace(x)
+    evidence = pair.encoder(x)
+    assert torch.allclose(sites["z2"]["fn"].mean[0], evidence[0][:, :2])
+    below = pair.stages[1].posterior(sites["z2"]["value"], evidence[1])
+    assert torch.allclose(sites["z1"]["fn"].mean, below.mean)
+    assert list(sites) == ["z2", "z1"]
+
+
+def test_correction_of_a_residual_posterior_starts_at_none():
+    pair = ResidualVAE(BernoulliLikelihood(IMAGE), (1, 1), width=4, latent_channels=2)
+    x = (torch.rand(3, *IMAGE) < 0.5).double()
+    terms = pair.terms(x)
+    assert all(float(d.detach().abs().max()) < 0.02 for d in terms.divergences.values())
+    shapes = {n: tuple(s["value"].shape[2:]) for n, s in pair.posterior_trace(x).items()}
+    assert shapes == {"z2": (2, 2, 2), "z1": (2, 4, 4)}
+
+
+def test_warm_up_and_free_bits_see_every_layer():
+    pair = LadderVAE(BernoulliLikelihood(IMAGE), (3, 2, 2), (6, 5, 4))
+    x = (torch.rand(8, *IMAGE) < 0.5).double()
+    beta = {"z1": LinearSchedule(10), "z2": LinearSchedule(20), "z3": 1.0}
+    objective = BetaELBO(
+        1, beta=beta, free_bits=FreeBits(0.5, per_dimension=True), max_plate_nesting=1
+    )
+    for _ in range(6):
+        objective.differentiable_loss(pair.model, pair.guide, x).backward()
+    report = objective.report
+    assert float(report["beta/z1"]) == pytest.approx(0.5)
+    assert float(report["beta/z2"]) == pytest.approx(0.25)
+    assert {"kl/z1", "kl/z2", "kl/z3"} <= set(report)
+
+
+def test_errors():
+    likelihood = BernoulliLikelihood(IMAGE)
+    for make in (HierarchicalVAE, LadderVAE):
+        with pytest.raises(ValueError, match=r"same length, at least 1; got \(2, 2\) and \(3,\)"):
+            make(likelihood, (2, 2), (3,))
+        with pytest.raises(ValueError, match="`latent_dims` and `hidden_dims` must be at least 1"):
+            make(likelihood, (2, 0), (3, 3))
+    with pytest.raises(ValueError, match="`num_stages` must hold positive integers"):
+        ResidualVAE(likelihood, ())
+    with pytest.raises(ValueError, match=r"sides divisible by 8; got \(1, 4, 4\)"):
+        ResidualVAE(likelihood, (1, 1, 1, 1))
+    with pytest.raises(ValueError, match="`stages` must hold at least one stage"):
+        TopDownVAE(nn.Identity(), [], nn.Identity(), likelihood)
