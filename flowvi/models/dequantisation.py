@@ -45,7 +45,7 @@ class Dequantizer(nn.Module, ABC):
     def forward(self, x: Tensor) -> FlowDistribution:
         """Law of the real image."""
         low = x.new_zeros(self.event_shape)
-        base = Uniform(low, low + 1, validate_args=False).to_event(len(self.event_shape))
+        base = _Unit(low, low + 1, validate_args=False).to_event(len(self.event_shape))
         maps, context = self._noise(x)
         transform = compose(*maps, _Above(x, self.event_shape))
         batch_shape = x.shape[: x.dim() - len(self.event_shape)]
@@ -156,6 +156,13 @@ class VariationalDequantizer(Dequantizer):
     def _noise(self, x: Tensor) -> tuple[Sequence[FlowTransform], Tensor | None]:
         features = self.features(2 * x / (self.num_levels - 1) - 1)
         return (self.transform,), features.flatten(-3)
+
+
+class _Unit(Uniform):
+    """Uniform law of the unit interval; what rounding puts on its end counts as inside."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(value)
 
 
 class _Above(FlowTransform):

@@ -17,7 +17,7 @@ from flowvi.models.image_pair import ImagePair
 from flowvi.models.likelihoods import _LevelLikelihood
 from flowvi.transforms import ActNorm, initialize_norms
 
-__all__ = ["ImageFlowLikelihood", "ImageFlow"]
+__all__ = ["ImageFlow", "ImageFlowLikelihood"]
 
 
 class ImageFlowLikelihood(_LevelLikelihood):
