@@ -286,18 +286,14 @@ class DiffusionModel(ModelGuidePair):
             y = self.end.encode(x, self.start.loc)
             alpha = self.path.schedule(y.new_full((1,), self.times.high)).alpha
             shift = self.end.num_pixels * alpha.log() + log_volume(self.end)
+            rest = (divergence, solver, shift)
             if not self.end.cell_size:
-                rest = (num_particles, divergence, solver, shift)
-                return self._flow_likelihood(alpha * y, context, *rest)
-            found = []
-            for _ in range(num_particles):
-                drawn = y + self.end.cell_size * (torch.rand_like(y) - 0.5)
-                rest = (1, divergence, solver, shift)
-                found.append(self._flow_likelihood(alpha * drawn, context, *rest))
-        values = torch.stack([part.value for part in found])
-        se = values.var(0, correction=0).div(num_particles - 1 or math.nan).sqrt()
-        errors = torch.stack([part.solver_error for part in found])
-        return ODELikelihood(values.mean(0), se, errors.mean(0))
+                return self._flow_likelihood(alpha * y, context, num_particles, *rest)
+            noise = torch.rand(num_particles, *y.shape, dtype=y.dtype, device=y.device)
+            drawn = y + self.end.cell_size * (noise - 0.5)
+            found = self._flow_likelihood(alpha * drawn, context, 1, *rest)
+        se = found.value.var(0, correction=0).div(num_particles - 1 or math.nan).sqrt()
+        return ODELikelihood(found.value.mean(0), se, found.solver_error.mean(0))
 
     # How.
 
@@ -360,7 +356,8 @@ class DiffusionModel(ModelGuidePair):
 def normal_divergence(path: Path, y: Tensor, low: float, start: Distribution) -> Tensor:
     """Divergence of a path's normal marginal at the first time from the model's start."""
     mean, scale = path.moments(y.new_full((1,), low), y)
-    return kl_divergence(Normal(mean, scale.expand_as(mean)), start.base_dist).sum(-1)
+    marginal = Normal(mean, scale.expand_as(mean), validate_args=False)
+    return kl_divergence(marginal, start.base_dist).sum(-1)
 
 
 def require_sizes(network: nn.Module, dim: int) -> None:

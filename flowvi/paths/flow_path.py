@@ -96,12 +96,9 @@ class FlowPath(Path):
         return t if y is None else with_time(y, t)
 
     def _score(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        # With a graph where one is wanted: the drift is trained through the score.
-        keep = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x = x if x.requires_grad and keep else x.detach().requires_grad_()
-            log_q = self.log_prob(x, t, y).sum()
-            return torch.autograd.grad(log_q, x, create_graph=keep)[0]
+        # The drift is trained through the score, and divergences are taken through it: the
+        # functional gradient keeps a graph where there is one, and can be nested.
+        return torch.func.grad(lambda x: self.log_prob(x, t, y).sum())(x)
 
     def _forward_score(self, eps: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Score of ``T(eps)``: with J the Jacobian, its transpose maps it to that of eps."""
