@@ -42,7 +42,7 @@ from flowvi.models import (
     ModelGuidePair,
     bits_per_dim,
 )
-from flowvi.objectives import ELBO
+from flowvi.objectives import ELBO, Objective
 from flowvi.plots import image_grid
 
 ROW = "{:<7}{:>11}{:>12}{:>14}{:>17}{:>11}"
@@ -120,20 +120,29 @@ def size_of(pair: ModelGuidePair) -> int:
     return sum(p.numel() for p in pair.parameters())
 
 
-def train(pair: ModelGuidePair, name: str, images: Images, args: argparse.Namespace) -> None:
+def train(
+    pair: ModelGuidePair,
+    name: str,
+    images: Images,
+    args: argparse.Namespace,
+    objective: Objective | None = None,
+) -> None:
     """Stock SVI; of ten looks at the validation set the best is kept."""
+    objective = ELBO(max_plate_nesting=1) if objective is None else objective
     torch.manual_seed(args.seed)
     if hasattr(pair, "initialize"):
         pair.initialize(images.train[:512])
     schedule = Schedule(args.num_steps, warmup_steps=args.num_steps // 20)
     optimizer = GlobalOptim(args.lr, betas=(0.9, 0.999), clip_norm=50.0, schedule=schedule)
-    svi = SVI(pair.model, pair.guide, optimizer, ELBO(max_plate_nesting=1))
+    svi = SVI(pair.model, pair.guide, optimizer, objective)
     best, kept = -math.inf, pair.state_dict()
     for step in tqdm(range(1, args.num_steps + 1), desc=name):
         svi.step(images.train[torch.randint(len(images.train), (args.batch_size,))])
         if step % max(1, args.num_steps // 10) == 0:
             with torch.no_grad():
+                pair.eval()
                 elbo = float(pair.terms(images.validation[:500]).elbo.mean())
+                pair.train()
             if elbo > best:
                 best, kept = elbo, copy.deepcopy(pair.state_dict())
     pair.load_state_dict(kept)

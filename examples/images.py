@@ -22,20 +22,24 @@ class Images:
         validation: images to choose settings on.
         test: images to report on.
         num_levels: number of grey levels n; levels are 0 to n - 1.
+        test_labels: digits of the test set, if it is of digits.
     """
 
     train: Tensor
     validation: Tensor
     test: Tensor
     num_levels: int
+    test_labels: Tensor | None = None
 
 
 def digits() -> Images:
     """Scikit-learn's 8 x 8 digits with 17 grey levels: 1400, 100 and 297 of them."""
     from sklearn.datasets import load_digits
 
-    levels = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1)
-    return Images(levels[:1400], levels[1400:1500], levels[1500:], 17)
+    data = load_digits()
+    levels = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1)
+    labels = torch.tensor(data.target[1500:])
+    return Images(levels[:1400], levels[1400:1500], levels[1500:], 17, labels)
 
 
 def mnist(folder: Path) -> Images:
@@ -43,7 +47,14 @@ def mnist(folder: Path) -> Images:
     train, test = (
         _read_idx(folder / f"{name}-images-idx3-ubyte.gz") for name in ("train", "t10k")
     )
-    return Images(train[:50_000], train[50_000:], test, 256)
+    labels = gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:]
+    return Images(
+        train[:50_000],
+        train[50_000:],
+        test,
+        256,
+        torch.frombuffer(bytearray(labels), dtype=torch.uint8),
+    )
 
 
 def frey_faces(folder: Path) -> Images:

@@ -14,6 +14,7 @@ SCRIPTS = {
     "cnf_density": ["cnf_density.py"],
     "cnf_posteriors": ["cnf_posteriors.py"],
     "f_vae": ["f_vae.py"],
+    "vae": ["vae.py"],
     "latent_sde": ["latent_sde.py"],
     "compare": [
         *("compare.py", "--problems", "eight_schools", "--workers", "1"),
@@ -31,6 +32,7 @@ PRINTED = {
     "cnf_posteriors": "Pareto k",
     "compare": "Pareto k",
     "f_vae": "weighted",
+    "vae": "information",
     "latent_sde": "path KL",
     "posteriors": "Pareto k",
     "sde_posteriors": "weighted",

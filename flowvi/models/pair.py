@@ -17,6 +17,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from flowvi.guides._names import claim_store_name
+from flowvi.objectives._constants import leaf_of
 
 __all__ = ["ELBOTerms", "LogLikelihood", "ModelGuidePair", "check_context"]
 
@@ -195,6 +196,9 @@ class ModelGuidePair(nn.Module, ABC):
             context: what they are conditioned on.
             max_rows: items times particles in one pass.
 
+        Raises:
+            NotImplementedError: if a latent site only estimates the log-ratio.
+
         References:
             Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders,
             arXiv:1509.00519, section 5, with one more line for the standard error.
@@ -260,7 +264,7 @@ class ModelGuidePair(nn.Module, ABC):
         first = second = None
         for start in range(0, num_particles, chunk):
             size = min(chunk, num_particles - start)
-            log_w = sum(self._scores(x, context, size).values())
+            log_w = sum(self._scores(x, context, size, as_weights=True).values())
             sums = log_w.logsumexp(0), (2 * log_w).logsumexp(0)
             first = sums[0] if first is None else first.logaddexp(sums[0])
             second = sums[1] if second is None else second.logaddexp(sums[1])
@@ -269,7 +273,9 @@ class ModelGuidePair(nn.Module, ABC):
         spread = (second - 2 * first + math.log(num_particles)).expm1().clamp(min=0)
         return value, (spread / (num_particles - 1 or math.nan)).sqrt()
 
-    def _scores(self, x: Tensor, context: Tensor | None, num_particles: int) -> dict[str, Tensor]:
+    def _scores(
+        self, x: Tensor, context: Tensor | None, num_particles: int, *, as_weights: bool = False
+    ) -> dict[str, Tensor]:
         """Log-density of the data and ``log p - log q`` of each latent site, ``(K, B)``."""
         guide_trace, model_trace = self._traces(x, context, num_particles)
         scores = {}
@@ -277,6 +283,11 @@ class ModelGuidePair(nn.Module, ABC):
             score = site["fn"].log_prob(site["value"])
             if name != _DATA:
                 drawn = guide_trace.nodes[name]
+                if as_weights and getattr(leaf_of(drawn["fn"]), "is_log_ratio_estimate", False):
+                    raise NotImplementedError(
+                        f"Importance weights exponentiate log-weights, but site `{name}` only "
+                        "estimates the log-ratio. Use terms for a bound."
+                    )
                 score = score - drawn["fn"].log_prob(drawn["value"])
             scores[name] = score
         return scores

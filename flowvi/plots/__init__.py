@@ -10,6 +10,7 @@ from flowvi.plots.fits import (
     shift_errors,
 )
 from flowvi.plots.images import image_grid
+from flowvi.plots.latents import latent_manifold, latent_points
 
 __all__ = [
     "comparison",
@@ -17,6 +18,8 @@ __all__ = [
     "elbo_trace",
     "gradients",
     "image_grid",
+    "latent_manifold",
+    "latent_points",
     "marginals",
     "pairs",
     "pareto_k_bars",
