@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flowvi.models.image_flow import ImageFlowLikelihood, between, check_two
+from flowvi.models.image_flow import FlowDecoded, ImageFlowLikelihood
 from flowvi.models.vae import VAE, append
 
 __all__ = ["FVAE"]
 
 
-class FVAE(VAE):
+class FVAE(FlowDecoded, VAE):
     r"""Variational autoencoder whose decoder is a conditional flow, so that images are sharp.
 
     .. math:: z \sim p(z), \quad v \sim p(v \mid f(z)), \quad x = \lfloor v \rfloor, \qquad
@@ -84,28 +84,14 @@ class FVAE(VAE):
         super().infer(x, context)
         self.likelihood.dequantize(x)
 
-    @torch.no_grad()
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Start the flow's activation normalisations from images of the training set.
+    def prior_latents(self, num_items: int, context: Tensor | None) -> Tensor:
+        return self.latent_prior(context).expand((num_items,)).sample()
 
-        Args:
-            x: at least two images ``(B, C, H, W)``.
-            context: what they are conditioned on, ``(B, context_dim)``.
-        """
-        x = self._checked(x, context)
-        z = self.latent_posterior(x, context).sample()
-        self.likelihood.initialize(x, self._features(z, context))
+    def latents_of(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.latent_posterior(x, context).sample()
 
-    @torch.no_grad()
-    def sample(
-        self, num_items: int = 1, context: Tensor | None = None, *, temperature: float = 1.0
-    ) -> Tensor:
-        """Draws of the model; the temperature is the standard deviation of the flow's noise."""
-        self._checked(None, context)
-        rows = num_items if context is None else len(context)
-        with self._evaluating():
-            z = self.latent_prior(context).expand((rows,)).sample()
-            return self.likelihood.draw(self._features(z, context), temperature=temperature)
+    def features(self, z: Tensor, context: Tensor | None) -> Tensor:
+        return self.decoder(append(z, context))
 
     @torch.no_grad()
     def reconstruct(
@@ -114,28 +100,5 @@ class FVAE(VAE):
         """Other images with the latent vectors of these, drawn from their posterior."""
         x = self._checked(x, context)
         with self._evaluating():
-            z = self.latent_posterior(x, context).sample()
-            return self.likelihood.draw(self._features(z, context), temperature=temperature)
-
-    @torch.no_grad()
-    def interpolate(self, x: Tensor, num_steps: int = 8, context: Tensor | None = None) -> Tensor:
-        """Images on the line between two in the spaces of latents and of base noise.
-
-        Args:
-            x: two images ``(2, C, H, W)``.
-            num_steps: number of images, the two included; at least 2.
-            context: what the two are conditioned on, ``(2, context_dim)``.
-
-        Returns:
-            ``(num_steps, C, H, W)``.
-        """
-        x = self._checked(check_two(x), context)
-        with self._evaluating():
-            z = self.latent_posterior(x, context).sample()
-            noise = self.likelihood.noise_of(x, self._features(z, context))
-            context = None if context is None else between(context, num_steps)
-            features = self._features(between(z, num_steps), context)
-            return self.likelihood.image_of(between(noise, num_steps), features)
-
-    def _features(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return self.decoder(append(z, context))
+            features = self.features(self.latents_of(x, context), context)
+            return self.likelihood.draw(features, temperature=temperature)

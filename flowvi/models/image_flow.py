@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ from flowvi.models.image_pair import ImagePair
 from flowvi.models.likelihoods import _LevelLikelihood
 from flowvi.transforms import ActNorm, initialize_norms
 
-__all__ = ["ImageFlow", "ImageFlowLikelihood"]
+__all__ = ["FlowDecoded", "ImageFlow", "ImageFlowLikelihood"]
 
 
 class ImageFlowLikelihood(_LevelLikelihood):
@@ -137,7 +138,77 @@ class ImageFlowLikelihood(_LevelLikelihood):
         return features.flatten(-len(self.context_shape))
 
 
-class ImageFlow(ImagePair):
+class FlowDecoded(ImagePair):
+    """Base of pairs whose images come from an :class:`ImageFlowLikelihood`.
+
+    A subclass says what latents there are besides the real image, and what the flow reads.
+    """
+
+    likelihood: ImageFlowLikelihood
+
+    @abstractmethod
+    def prior_latents(self, num_items: int, context: Tensor | None) -> Tensor | None:
+        """Latents drawn from their prior; None without latents."""
+
+    @abstractmethod
+    def latents_of(self, x: Tensor, context: Tensor | None) -> Tensor | None:
+        """Latents drawn from their posterior given images; None without latents."""
+
+    @abstractmethod
+    def features(self, z: Tensor | None, context: Tensor | None) -> Tensor | None:
+        """Context of the flow."""
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Start the flow's activation normalisations from images of the training set.
+
+        Args:
+            x: at least two images ``(B, C, H, W)``.
+            context: what they are conditioned on, ``(B, context_dim)``.
+        """
+        x = self._checked(x, context)
+        with torch.no_grad():
+            features = self.features(self.latents_of(x, context), context)
+        self.likelihood.initialize(x, features)
+
+    @torch.no_grad()
+    def sample(
+        self, num_items: int = 1, context: Tensor | None = None, *, temperature: float = 1.0
+    ) -> Tensor:
+        """Draws of the model; the temperature is the standard deviation of the flow's noise."""
+        self._checked(None, context)
+        rows = num_items if context is None else len(context)
+        with self._evaluating():
+            features = self.features(self.prior_latents(rows, context), context)
+            shape = (rows,) if features is None else ()
+            return self.likelihood.draw(features, shape, temperature=temperature)
+
+    @torch.no_grad()
+    def interpolate(self, x: Tensor, num_steps: int = 8, context: Tensor | None = None) -> Tensor:
+        """Images on the line between two in the spaces of base noise, latents and contexts.
+
+        Args:
+            x: two images ``(2, C, H, W)``.
+            num_steps: number of images, the two included; at least 2.
+            context: what the two are conditioned on, ``(2, context_dim)``.
+
+        Returns:
+            ``(num_steps, C, H, W)``.
+
+        Raises:
+            ValueError: if there are not two images, or fewer than two steps.
+        """
+        if len(x) != 2:
+            raise ValueError(f"`x` must hold 2 images; got {len(x)}.")
+        x = self._checked(x, context)
+        with self._evaluating():
+            z = self.latents_of(x, context)
+            noise = self.likelihood.noise_of(x, self.features(z, context))
+            z, context = (None if t is None else _between(t, num_steps) for t in (z, context))
+            features = self.features(z, context)
+            return self.likelihood.image_of(_between(noise, num_steps), features)
+
+
+class ImageFlow(FlowDecoded):
     r"""Density of images with whole levels, by a flow and dequantisation.
 
     .. math:: \log P(x) \ge E_{q(v \mid x)}[\log p(v) - \log q(v \mid x)]
@@ -187,55 +258,20 @@ class ImageFlow(ImagePair):
     def infer(self, x: Tensor, context: Tensor | None) -> None:
         self.likelihood.dequantize(x)
 
-    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Start the flow's activation normalisations from images of the training set.
+    def prior_latents(self, num_items: int, context: Tensor | None) -> None:
+        return None
 
-        Args:
-            x: at least two images ``(B, C, H, W)``.
-            context: what they are conditioned on, ``(B, context_dim)``.
-        """
-        self.likelihood.initialize(self._checked(x, context), context)
+    def latents_of(self, x: Tensor, context: Tensor | None) -> None:
+        return None
 
-    @torch.no_grad()
-    def sample(
-        self, num_items: int = 1, context: Tensor | None = None, *, temperature: float = 1.0
-    ) -> Tensor:
-        """Draws of the model, from base noise whose standard deviation is the temperature."""
-        self._checked(None, context)
-        shape = (num_items,) if context is None else ()
-        with self._evaluating():
-            return self.likelihood.draw(context, shape, temperature=temperature)
-
-    @torch.no_grad()
-    def interpolate(self, x: Tensor, num_steps: int = 8, context: Tensor | None = None) -> Tensor:
-        """Images on the line between two in the space of base noise (and of contexts).
-
-        Args:
-            x: two images ``(2, C, H, W)``.
-            num_steps: number of images, the two included; at least 2.
-            context: what the two are conditioned on, ``(2, context_dim)``.
-
-        Returns:
-            ``(num_steps, C, H, W)``.
-        """
-        x = self._checked(check_two(x), context)
-        with self._evaluating():
-            noise = between(self.likelihood.noise_of(x, context), num_steps)
-            context = None if context is None else between(context, num_steps)
-            return self.likelihood.image_of(noise, context)
+    def features(self, z: None, context: Tensor | None) -> Tensor | None:
+        return context
 
 
-def between(ends: Tensor, num_steps: int) -> Tensor:
+def _between(ends: Tensor, num_steps: int) -> Tensor:
     """Points on the line between two, the two included, along a new first dimension."""
     if not isinstance(num_steps, int) or num_steps < 2:
         raise ValueError(f"`num_steps` must be an integer of at least 2; got {num_steps!r}.")
     first, last = ends
     share = torch.linspace(0, 1, num_steps, dtype=ends.dtype, device=ends.device)
     return torch.lerp(first, last, share.reshape(-1, *[1] * first.dim()))
-
-
-def check_two(x: Tensor) -> Tensor:
-    """Refuse anything but two images."""
-    if len(x) != 2:
-        raise ValueError(f"`x` must hold 2 images; got {len(x)}.")
-    return x

@@ -356,7 +356,7 @@ def test_f_vae_reads_its_latents():
         (lambda x, c: (x / 2, c), "`x` must hold whole levels for"),
         (lambda x, c: (x + 17, c), "`x` must be from 0 to 16"),
         (lambda x, c: (x - 1, c), "`x` must be from 0 to 16"),
-        (lambda x, c: (x * 1j, c), "`x` must have a floating dtype for"),
+        (lambda x, c: (x * 1j, c), "`x` must have a real dtype for"),
         (lambda x, c: (x, c[:5]), "`context` must have shape (6, 2); got (5, 2)"),
         (lambda x, c: (x, None), "`context` must have shape (6, 2); got None"),
     ],
