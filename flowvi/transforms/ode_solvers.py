@@ -5,14 +5,15 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flowvi.transforms._dynamics import Dynamics, Instant, State
+from flowvi.nn._compiled import can_compile, compiled, structure
+from flowvi.transforms._dynamics import Dynamics, FlowDynamics, State
 
 __all__ = [
     "RK4",
@@ -23,6 +24,9 @@ __all__ = [
     "Solution",
     "Solver",
 ]
+
+# Steps in one compiled piece at most: compiling takes longer than in proportion to them.
+COMPILED_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,19 @@ class FixedStep(Solver):
     square root of the number of steps, for one more forward solve during the backward pass; it
     has no effect inside ``torch.func`` transforms and on solves that carry a score.
 
+    With ``compiled`` up to five steps run as one graph of ``torch.compile``, forwards and
+    backwards. The first solve of a kind (with and without gradients, another structure of the
+    field) then takes tens of seconds, and one more for other batch sizes than the first; without
+    a C++ compiler a warning says so and the solve runs as without. Solves with penalties or
+    scores, and those inside ``torch.func`` transforms, run as without, too; second derivatives
+    are refused.
+
     Subclasses give ``nodes`` (c), ``rows`` (a), ``weights`` (b) and ``order``.
 
     Args:
         num_steps: number of steps from time 0 to time 1, at least 1.
         checkpointed: keep only the ends of about ``sqrt(num_steps)`` segments.
+        compiled: run through ``torch.compile``.
 
     Raises:
         ValueError: if ``num_steps`` is not a positive integer.
@@ -83,6 +95,7 @@ class FixedStep(Solver):
 
     num_steps: int = 10
     checkpointed: bool = False
+    compiled: bool = field(default=False, kw_only=True)
 
     order: ClassVar[int]
     nodes: ClassVar[tuple[float, ...]]
@@ -107,55 +120,76 @@ class FixedStep(Solver):
         num_steps = 1 if x.is_meta else num_steps
         h = (end - start) / num_steps
         steps = torch.arange(num_steps, dtype=x.dtype, device=x.device)
-        times = torch.stack([start + h * (steps + c) for c in self.nodes], 1)
-        instants = dynamics.instants(times.flatten())
-        stages = len(self.nodes)
-        length = stages * (math.isqrt(num_steps - 1) + 1 if self.checkpointed else num_steps)
-        parts = []
-        for first in range(0, len(instants), length):
-            state, integrals = self._segment(dynamics, instants[first : first + length], state, h)
+        times = torch.stack([start + h * (steps + c) for c in self.nodes], 1).flatten()
+        embedded = dynamics.field.embed(times)
+        piece = math.isqrt(num_steps - 1) + 1 if self.checkpointed else num_steps
+        run: Callable = self._run
+        if self.compiled and type(dynamics) is FlowDynamics and not dynamics.terms:
+            if can_compile(x):
+                piece = _divisor(num_steps, min(COMPILED_STEPS, math.isqrt(num_steps - 1) + 1))
+                run, state = self._compiled_run(dynamics, piece), _tracked(dynamics, state)
+                h = x.new_full((), h)
+        run = self._checkpointed_run(dynamics, run)
+        stages, parts = len(self.nodes), []
+        for first in range(0, len(times), stages * piece):
+            part = slice(first, first + stages * piece)
+            state, integrals = run(dynamics, times[part], embedded[part], state, h)
             parts.append(integrals)
         totals = tuple(sum(pieces[1:], pieces[0]) for pieces in zip(*parts, strict=True))
         return Solution(state, totals, stages * num_steps)
 
-    def _segment(
-        self, dynamics: Dynamics, instants: list[Instant], state: State, h: float
-    ) -> tuple[State, tuple[Tensor, ...]]:
-        if (
+    def _compiled_run(self, dynamics: Dynamics, piece: int) -> Callable:
+        key = (type(self), piece, structure(dynamics.field), type(dynamics.problem.divergence))
+        run = compiled(_run_steps, f"The solve of {dynamics.problem.name}", *key)
+        return lambda *args: run(type(self), *args)
+
+    def _checkpointed_run(self, dynamics: Dynamics, run: Callable) -> Callable:
+        if not (
             self.checkpointed
             and dynamics.can_recompute
             and torch.is_grad_enabled()
             and _hooks_allowed()
         ):
-            compiling = torch.compiler.is_compiling()
-            run = self._run if compiling else _replayable(self, dynamics)
-            return checkpoint(
-                run, dynamics, instants, state, h, use_reentrant=False, preserve_rng_state=False
-            )
-        return self._run(dynamics, instants, state, h)
+            return run
+        if not torch.compiler.is_compiling():
+            run = _replayable(run, dynamics)
+        return lambda *args: checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
     def _run(
-        self, dynamics: Dynamics, instants: list[Instant], state: State, h: float
+        self, dynamics: Dynamics, times: Tensor, embedded: Tensor, state: State, h: float
     ) -> tuple[State, tuple[Tensor, ...]]:
-        stages = len(self.nodes)
-        seen: dict[float, list[tuple[Tensor, ...]]] = {}
-        for first in range(0, len(instants), stages):
-            rates: list[State] = []
-            for i, instant in enumerate(instants[first : first + stages]):
-                point = _advance(state, rates, self.rows[i], h)
-                if self.weights[i]:
-                    rate, integrands = dynamics.rates_and_integrands(instant, point)
-                    seen.setdefault(self.weights[i], []).append(integrands)
-                else:
-                    rate = dynamics.rates(instant, point)
-                rates.append(rate)
-            state = _advance(state, rates, self.weights, h)
-        # Integrands feed back into nothing, so they are summed once, by equal weights.
-        sums = [
-            tuple(h * weight * torch.stack(values).sum(0) for values in zip(*rows, strict=True))
-            for weight, rows in seen.items()
-        ]
-        return state, tuple(sum(pieces[1:], pieces[0]) for pieces in zip(*sums, strict=True))
+        return _run_steps(type(self), dynamics, times, embedded, state, h)
+
+
+def _run_steps(
+    method: type[FixedStep],
+    dynamics: Dynamics,
+    times: Tensor,
+    embedded: Tensor,
+    state: State,
+    h: float | Tensor,
+) -> tuple[State, tuple[Tensor, ...]]:
+    """Steps at the given times; the length is a tensor where they are compiled."""
+    stages = len(method.nodes)
+    instants = dynamics.instants(times, embedded)
+    seen: dict[float, list[tuple[Tensor, ...]]] = {}
+    for first in range(0, len(instants), stages):
+        rates: list[State] = []
+        for i, instant in enumerate(instants[first : first + stages]):
+            point = _advance(state, rates, method.rows[i], h)
+            if method.weights[i]:
+                rate, integrands = dynamics.rates_and_integrands(instant, point)
+                seen.setdefault(method.weights[i], []).append(integrands)
+            else:
+                rate = dynamics.rates(instant, point)
+            rates.append(rate)
+        state = _advance(state, rates, method.weights, h)
+    # Integrands feed back into nothing, so they are summed once, by equal weights.
+    sums = [
+        tuple(h * weight * torch.stack(values).sum(0) for values in zip(*rows, strict=True))
+        for weight, rows in seen.items()
+    ]
+    return state, tuple(sum(pieces[1:], pieces[0]) for pieces in zip(*sums, strict=True))
 
 
 class Euler(FixedStep):
@@ -206,35 +240,60 @@ class DormandPrince(FixedStep):
 
 
 class _Run(nn.Module):
-    """A segment of a solve as a module, so that its parameters can be replaced."""
+    """A part of a solve as a module, so that its parameters can be replaced."""
 
-    def __init__(self, solver: FixedStep, dynamics: Dynamics) -> None:
+    def __init__(self, run: Callable, dynamics: Dynamics) -> None:
         super().__init__()
-        self.solver = solver
+        self.run = run
         self.field = dynamics.field
 
     def forward(self, *args: object) -> tuple[State, tuple[Tensor, ...]]:
-        return self.solver._run(*args)
+        return self.run(*args)
 
 
-def _replayable(solver: FixedStep, dynamics: Dynamics) -> Callable:
-    """A segment that is computed again with the parameters that it had the first time.
+def _replayable(run: Callable, dynamics: Dynamics) -> Callable:
+    """A part that is computed again with the parameters that it had the first time.
 
     They may have been replaced by others for a while, as when a density is scored with constant
     parameters; the second time is during the backward pass, when that is over.
     """
-    module = _Run(solver, dynamics)
+    module = _Run(run, dynamics)
     parameters = dict(module.named_parameters())
     return lambda *args: torch.func.functional_call(module, parameters, args)
 
 
-def _advance(state: State, rates: list[State], weights: tuple[float, ...], h: float) -> State:
+def _advance(
+    state: State, rates: list[State], weights: tuple[float, ...], h: float | Tensor
+) -> State:
     """The state moved by a weighted sum of rates."""
     moved = list(state)
     for weight, rate in zip(weights, rates, strict=True):
-        if weight:
+        if not weight:
+            continue
+        if isinstance(h, Tensor):
+            moved = [
+                torch.addcmul(x, k, h, value=weight) for x, k in zip(moved, rate, strict=True)
+            ]
+        else:
             moved = [torch.add(x, k, alpha=h * weight) for x, k in zip(moved, rate, strict=True)]
     return tuple(moved)
+
+
+def _divisor(number: int, limit: int) -> int:
+    """The largest divisor that is at most ``limit``."""
+    return next(d for d in range(limit, 0, -1) if number % d == 0)
+
+
+def _tracked(dynamics: Dynamics, state: State) -> State:
+    """A state that needs gradients if anything else does.
+
+    The first piece of the solve is then of the same kind as those that follow, and all run what
+    was compiled once.
+    """
+    others = (dynamics.problem.context, *dynamics.field.parameters())
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others):
+        return tuple(x if x.requires_grad else x.detach().requires_grad_() for x in state)
+    return state
 
 
 def _hooks_allowed() -> bool:

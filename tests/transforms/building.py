@@ -22,10 +22,16 @@ def build(name: str, drawn: bool, scale: float = 1.0) -> tuple[Case, FlowTransfo
     case = TRANSFORMS[name]
     transform = case.make()
     if drawn:
-        with torch.no_grad():
-            for parameter in transform.parameters():
-                parameter.normal_().mul_(scale * case.scale)
+        redraw(transform, scale * case.scale)
     return case, transform
+
+
+def redraw(module: nn.Module, scale: float = 0.6) -> nn.Module:
+    """The module with all parameters normal of the given standard deviation."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_().mul_(scale)
+    return module
 
 
 def context_of(case: Case, *batch: int) -> Tensor | None:

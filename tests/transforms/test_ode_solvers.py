@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from building import redraw
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -29,19 +30,12 @@ from flowvi.transforms import (
 TIGHT = {"rtol": 1e-8, "atol": 1e-8}
 
 
-def drawn(field: MLPField, scale: float = 0.6) -> MLPField:
-    with torch.no_grad():
-        for p in field.parameters():
-            p.normal_().mul_(scale)
-    return field
-
-
 # Order.
 
 
 @pytest.mark.parametrize("kind", [Euler, Midpoint, RK4, DormandPrince])
 def test_measured_order(kind):
-    field = drawn(MLPField(2, (6,)), 0.3)
+    field = redraw(MLPField(2, (6,)), 0.3)
     x = torch.randn(20, 2)
     with torch.no_grad():
         exact = Continuous(field, solver=DormandPrince(300)).call_and_ladj(x)
@@ -83,7 +77,7 @@ class Problem:
     """A scalar function of parameters, context and start of a flow."""
 
     def __init__(self, *, inverse: bool = False) -> None:
-        self.field = drawn(GatedField(2, (3,), 2, low_rank=1, hyper_dims=(3,)), 0.4)
+        self.field = redraw(GatedField(2, (3,), 2, low_rank=1, hyper_dims=(3,)), 0.4)
         self.x = torch.randn(3, 2, requires_grad=True)
         self.context = torch.randn(3, 2, requires_grad=True)
         self.weights = torch.randn(3, 2), torch.randn(3)
@@ -186,7 +180,7 @@ def test_path_gradient_is_the_same_in_every_mode():
 
 
 def test_checkpoints_work_inside_function_transforms():
-    transform = Continuous(drawn(MLPField(2, (4,))), solver=RK4(9, checkpointed=True))
+    transform = Continuous(redraw(MLPField(2, (4,))), solver=RK4(9, checkpointed=True))
     plain = Continuous(transform.field, solver=RK4(9))
     x = torch.randn(3, 2)
     found, expected = (torch.func.vmap(torch.func.jacrev(t))(x) for t in (transform, plain))
@@ -226,7 +220,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peak_of(num_steps: int, *, checkpointed: bool) -> int:
-    field = drawn(MLPField(2, (16,)), 0.1)
+    field = redraw(MLPField(2, (16,)), 0.1)
     transform = Continuous(field, solver=Euler(num_steps, checkpointed))
     x = torch.randn(2000, 2)
     with PeakMemory() as memory:
@@ -299,7 +293,7 @@ def test_one_hard_row_among_many_is_as_right_as_the_others():
 
 @pytest.mark.parametrize("method", list(AdaptiveMethod))
 def test_every_method_meets_its_tolerance(method):
-    field = drawn(MLPField(2, (6,)), 0.8)
+    field = redraw(MLPField(2, (6,)), 0.8)
     x = torch.randn(20, 2)
     with torch.no_grad():
         exact = Continuous(field, solver=DormandPrince(300)).call_and_ladj(x)
@@ -312,7 +306,7 @@ def test_every_method_meets_its_tolerance(method):
 
 
 def test_empty_batches():
-    transform = Continuous(drawn(MLPField(2, (6,))), solver=Adaptive())
+    transform = Continuous(redraw(MLPField(2, (6,))), solver=Adaptive())
     y, ladj = transform.call_and_ladj(torch.zeros(0, 2))
     assert y.shape == (0, 2)
     assert ladj.shape == (0,)
@@ -389,24 +383,3 @@ def test_wrong_settings_are_named():
         Adaptive(max_nfe=3)
     with pytest.raises(TypeError, match="`method` must be an AdaptiveMethod; got 'dopri5'"):
         Adaptive("dopri5")
-
-
-# Compilation.
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("solver", [RK4(4), DormandPrince(2, checkpointed=True)], ids=repr)
-def test_compiled_solves_have_the_same_values_and_gradients(solver):
-    field = drawn(MLPField(3, (8, 8)))
-    transform = Continuous(field, solver=solver)
-    torch._dynamo.reset()
-    compiled = torch.compile(transform.call_and_ladj, fullgraph=True)
-    x = torch.randn(6, 3)
-    for _ in range(2):
-        found = []
-        for solve in (transform.call_and_ladj, compiled):
-            y, ladj = solve(x)
-            loss = (y * x).sum() + ladj.square().sum()
-            found.append([y, ladj, *torch.autograd.grad(loss, list(field.parameters()))])
-        torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
-        x = torch.randn(6, 3)
