@@ -26,6 +26,9 @@ def with_value_gradient_only(
         return log_prob(value)
     leaf = value.detach().requires_grad_()
     result = log_prob(leaf)
+    if not result.requires_grad:
+        # A point mass does not depend on the value at all.
+        return result
     (grad,) = torch.autograd.grad(result.sum(), leaf)
     moved = grad * (value - value.detach())
     return result.detach() + moved.sum(tuple(range(-event_dim, 0)))

@@ -29,6 +29,7 @@ from flowvi.models.latent_posteriors import (
     SimulatedLatent,
     SimulationFreeLatent,
 )
+from flowvi.models.latent_rectified_flow import LatentRectifiedFlow, LatentRectifiedTerms
 from flowvi.models.latent_sde import (
     GaussianDecoder,
     LatentSDE,
@@ -85,6 +86,8 @@ __all__ = [
     "ImageFlowLikelihood",
     "IndependentCoupling",
     "LatentPosterior",
+    "LatentRectifiedFlow",
+    "LatentRectifiedTerms",
     "LatentSDE",
     "LatentTerms",
     "LearnedCoupling",

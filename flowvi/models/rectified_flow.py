@@ -139,7 +139,8 @@ class RectifiedFlow(ModelGuidePair):
 
     def generate(self, context: Tensor | None) -> Distribution:
         prior = self.prior(context)
-        return Delta(prior.unpack(pyro.sample("path", prior)).end, event_dim=1)
+        end = prior.unpack(pyro.sample("path", prior)).end
+        return Delta(end, event_dim=1, validate_args=False)
 
     def infer(self, x: Tensor, context: Tensor | None) -> None:
         pyro.sample("path", self.posterior(x, context))
@@ -331,7 +332,7 @@ class RectifiedFlow(ModelGuidePair):
         with self._plate(len(x)):
             pyro.sample("path", self.prior(context))
             # Seen items are the ends of their paths, whose score has accounted for them.
-            law = Delta(x, event_dim=1)
+            law = Delta(x, event_dim=1, validate_args=False)
             return law, pyro.sample("x", law, obs=x)
 
 
