@@ -16,7 +16,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ from flowvi.transforms import (
 BATCH, HIDDEN, GAIN, TOLERANCE = 512, (64, 64), 1.5, 1e-5
 COLUMNS = ("log_prob", "log_prob, backward", "sample")
 LOOP, ZUKO = "torchdiffeq, trace loop", "zuko, exact"
-COMPILED = ("flowvi, RK4(20)", "flowvi, DormandPrince(8)")
+COMPILED = {
+    "flowvi, RK4(20), compiled": RK4(20),
+    "flowvi, DormandPrince(8), compiled": DormandPrince(8),
+}
 
 
 @dataclass
@@ -50,13 +53,13 @@ class Entry:
 
     Args:
         log_prob: log-density of values ``(BATCH, dim)``.
-        sample: a batch of draws, or None.
+        sample: a batch of draws.
         parameters: what the backward pass differentiates.
         evaluations: how many times the last ``log_prob`` evaluated the field; None if unknown.
     """
 
     log_prob: Callable[[Tensor], Tensor]
-    sample: Callable[[], Tensor] | None
+    sample: Callable[[], Tensor]
     parameters: list[nn.Parameter]
     evaluations: Callable[[], int | None] = lambda: None
 
@@ -105,18 +108,11 @@ def flowvi_entries(field: MLPField) -> dict[str, Entry]:
 
 
 def compiled_entry(field: MLPField, solver: FixedStep) -> tuple[Entry, float]:
-    """The solve compiled as one graph, and the seconds that its first call and backward take."""
-    transform = Continuous(field, solver=solver)
-    solve = torch.compile(transform.call_and_ladj, fullgraph=True)
-    base = Flow(transform).base()
-
-    def log_prob(x: Tensor) -> Tensor:
-        z, ladj = solve(x)
-        return base.log_prob(z) + ladj
-
+    """A compiled solve, and the seconds that its first call and backward take."""
+    entry = flowvi_entry(field, solver=replace(solver, compiled=True))
     start = time.perf_counter()
-    log_prob(torch.randn(BATCH, field.input_dim)).sum().backward()
-    return Entry(log_prob, None, list(field.parameters())), time.perf_counter() - start
+    entry.log_prob(torch.randn(BATCH, field.input_dim)).sum().backward()
+    return entry, time.perf_counter() - start
 
 
 def base_log_prob(z: Tensor) -> Tensor:
@@ -216,7 +212,7 @@ def reference(field: MLPField, data: Tensor) -> Tensor:
     return base_log_prob(z) + ladj
 
 
-def timed(entry: Entry, data: Tensor) -> dict[str, Callable[[], object] | None]:
+def timed(entry: Entry, data: Tensor) -> dict[str, Callable[[], object]]:
     def backward() -> None:
         for parameter in entry.parameters:
             parameter.grad = None
@@ -226,15 +222,20 @@ def timed(entry: Entry, data: Tensor) -> dict[str, Callable[[], object] | None]:
     return dict(zip(COLUMNS, (forward, backward, entry.sample), strict=True))
 
 
-def measure(dim: int, repeats: int, compiled: bool) -> dict[str, dict[str, Any]]:
+def measure(
+    dim: int, repeats: int, compiled: bool, only: list[str] | None
+) -> dict[str, dict[str, Any]]:
+    def wanted(name: str) -> bool:
+        return only is None or any(part in name for part in only)
+
     field = make_field(dim)
     data = torch.randn(BATCH, dim)
-    entries, extra = make_entries(field), {}
-    if compiled:
-        for name, solver in zip(COMPILED, (RK4(20), DormandPrince(8)), strict=True):
-            entry, seconds = compiled_entry(field, solver)
-            entries[f"{name}, compiled"] = entry
-            extra[f"{name}, compiled"] = {"compile seconds": round(seconds, 1)}
+    entries = {name: entry for name, entry in make_entries(field).items() if wanted(name)}
+    extra = {}
+    for name, solver in COMPILED.items():
+        if compiled and wanted(name):
+            entries[name], seconds = compiled_entry(field, solver)
+            extra[name] = {"compile seconds": round(seconds, 1)}
     exact = reference(field, data)
     rows: dict[str, dict[str, Any]] = {}
     for name, entry in entries.items():
@@ -246,7 +247,6 @@ def measure(dim: int, repeats: int, compiled: bool) -> dict[str, dict[str, Any]]
         (column, name): function
         for name, entry in entries.items()
         for column, function in timed(entry, data).items()
-        if function is not None
     }
     timings = interleave(functions, repeats)
     for (column, name), timing in timings.items():
@@ -293,6 +293,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--quick", action="store_true", help="dimension 2, three repeats")
     parser.add_argument("--eager", action="store_true", help="nothing compiled")
+    parser.add_argument("--only", nargs="+", help="entries with one of these in their name")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     args = parser.parse_args()
     name = "cnf-quick.json" if args.quick else "cnf.json"
@@ -302,9 +303,8 @@ def main() -> None:
     torch.manual_seed(0)
     results = []
     for dim in args.dims or ([2] if args.quick else [2, 16]):
-        rows = measure(
-            dim, args.repeats or (3 if args.quick else 7), not (args.quick or args.eager)
-        )
+        repeats = args.repeats or (3 if args.quick else 7)
+        rows = measure(dim, repeats, not (args.quick or args.eager), args.only)
         report(dim, rows)
         results.append({"dim": dim, "entries": rows, "ratios": ratios(rows)})
     setting = {"hidden": HIDDEN, "batch": BATCH, "tolerance": TOLERANCE, "dtype": "float32"}
