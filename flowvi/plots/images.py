@@ -11,7 +11,7 @@ from torch import Tensor
 from flowvi.plots._figure import array_of, axes_for
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from flowvi.plots._figure import Axes
 
 __all__ = ["image_grid"]
 

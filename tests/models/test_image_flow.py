@@ -307,25 +307,31 @@ def test_a_flow_without_normalisations_needs_no_start():
 # f-VAE.
 
 
-def test_f_vae_of_a_linear_decoder_against_the_exact_law():
-    """v = A z + s eps is a normal law, whose cells are integrated on a grid."""
-    scale, loadings = 0.8, torch.tensor([[0.9, 0.3], [-0.4, 0.7]])
+def linear_f_vae(loadings: Tensor, loc: Tensor, scale: float, num_levels: int) -> FVAE:
+    """v = A z + loc + s eps, for two pixels."""
     flow = Flow(ElementwiseTransform((1, 1, 2), Affine(), 2, hidden_dims=()))
     layer = flow.transform.network.layers[0]
-    with torch.no_grad():
-        layer.weight[:2] = torch.eye(2)
-        layer.bias[:] = torch.tensor([1.2, 2.0, *[4 * math.atanh(math.log(scale) / 4)] * 2])
-    likelihood = ImageFlowLikelihood(flow, 5)
     decoder = MLPDecoder(2, (), (2,))
     with torch.no_grad():
+        layer.weight[:2] = torch.eye(2)
+        layer.bias[:2] = loc
+        layer.bias[2:] = 4 * math.atanh(math.log(scale) / 4)
         decoder.network.layers[0].weight.copy_(loadings)
         decoder.network.layers[0].bias.zero_()
-    pair = FVAE(MLPEncoder((1, 1, 2), (4,)), decoder, likelihood, DiagonalPosterior(4, 2))
+    likelihood = ImageFlowLikelihood(flow, num_levels)
+    return FVAE(MLPEncoder((1, 1, 2), (4,)), decoder, likelihood, DiagonalPosterior(4, 2))
+
+
+def test_f_vae_of_a_linear_decoder_against_the_exact_law():
+    """The law of v is normal; its cells are integrated on a grid."""
+    scale, loadings = 0.8, torch.tensor([[0.9, 0.3], [-0.4, 0.7]])
+    loc = torch.tensor([1.2, 2.0])
+    pair = linear_f_vae(loadings, loc, scale, 5)
     x = torch.tensor([[1.0, 2.0], [0.0, 3.0], [2.0, 1.0]]).reshape(3, 1, 1, 2)
     middles = (torch.arange(200) + 0.5) / 200
     u = torch.cartesian_prod(middles, middles)
     cover = loadings @ loadings.T + scale**2 * torch.eye(2)
-    law = dist.MultivariateNormal(torch.tensor([1.2, 2.0]), cover)
+    law = dist.MultivariateNormal(loc, cover)
     exact = law.log_prob(x.reshape(3, 1, 2) + u).exp().mean(-1).log()
     found = pair.log_likelihood(x, 20_000)
     # 20000 weights per image, 5 of their standard errors.
@@ -334,6 +340,24 @@ def test_f_vae_of_a_linear_decoder_against_the_exact_law():
     bound = pair.terms(x, num_particles=2000)
     assert set(bound.divergences) == {"z", "v"}
     assert (bound.elbo < exact).all()
+
+
+def test_draws_of_an_f_vae_have_the_spread_of_its_latents():
+    loadings = torch.tensor([[9.0, 3.0], [-4.0, 7.0]])
+    pair = linear_f_vae(loadings, torch.full((2,), 100.0), 2.0, 200)
+    drawn = pair.sample(4000).flatten(1)
+    # Cutting to whole levels adds 1/12; 4000 draws, 5 standard errors of a covariance.
+    exact = loadings @ loadings.T + (4 + 1 / 12) * torch.eye(2)
+    variances = exact.diagonal()
+    error = ((variances[:, None] * variances + exact**2) / 4000).sqrt()
+    assert ((drawn.T.cov() - exact).abs() < 5 * error).all()
+    # Cold images are floors of the decoder's means, at latents near 0 or at those of the image.
+    x = drawn[:5].reshape(5, 1, 1, 2)
+    torch.manual_seed(0)
+    z = pair.latent_posterior(x).sample()
+    torch.manual_seed(0)
+    cold = pair.reconstruct(x, temperature=1e-6).flatten(1)
+    assert torch.equal(cold, (z @ loadings.T + 100).floor())
 
 
 def test_f_vae_reads_its_latents():
