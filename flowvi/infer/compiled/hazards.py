@@ -105,6 +105,9 @@ class _Dispatch(TorchDispatchMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: Mapping | None = None
     ) -> object:
         kwargs = kwargs or {}
+        if func is torch.ops.aten.native_batch_norm.default and args[5] and args[3] is not None:
+            # The same operation, whose signature says that it updates the running moments.
+            func = torch.ops.aten._native_batch_norm_legit.default
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if torch.Tag.data_dependent_output in func.tags:
             for tensor in given:
@@ -147,7 +150,13 @@ def _indexes_by_integers(node: fx.Node) -> bool:
     if node.target is not torch.ops.aten.index.Tensor:
         return False
     indices = (i for i in node.args[1] if i is not None)
-    return all(i.meta["tensor_meta"].dtype in (torch.int64, torch.int32) for i in indices)
+    return all(_dtype(node, i) in (torch.int64, torch.int32) for i in indices)
+
+
+def _dtype(node: fx.Node, index: fx.Node) -> torch.dtype:
+    if index.op == "get_attr":
+        return getattr(node.graph.owning_module, index.target).dtype
+    return index.meta["val"].dtype
 
 
 @contextmanager

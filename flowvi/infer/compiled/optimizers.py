@@ -145,6 +145,8 @@ class _PerParameter(OptimizerState):
         rates = {self._group(p).get("lr") for p in self.params}
         fused = len(updates) == 1 and len(rates) == 1
         self.update = (updates.pop() if fused else None) or Gradients()
+        # Of ClippedAdam, which counts its steps in Python.
+        self._steps = 0
 
     @property
     def steps_in_python(self) -> bool:
@@ -183,7 +185,7 @@ class _PerParameter(OptimizerState):
         if isinstance(self.update, Adam):
             state["step"] = count
         elif isinstance(self.update, ClippedAdam):
-            state["step"] = int(count)
+            state["step"] = self._steps = int(count)
 
     def _bind_counters(self, counters: Tensor) -> None:
         counters.zero_()
@@ -194,6 +196,9 @@ class _PerParameter(OptimizerState):
             return False
         if self.steps_in_python or not buffers.moments:
             return True
+        if isinstance(self.update, ClippedAdam):
+            if any(objects[p].state[p].get("step") != self._steps for p in self.params):
+                return False
         key = "momentum_buffer" if isinstance(self.update, SGD) else "exp_avg"
         if isinstance(self.update, SGD) and not self.update.momentum:
             return True
@@ -213,6 +218,7 @@ class _PerParameter(OptimizerState):
                 self.optim.optim_objs[param].state[param]["step"] += num_steps
                 group = self._group(param)
                 group["lr"] *= group["lrd"] ** num_steps
+            self._steps += num_steps
         elif self.steps_in_python:
             self.optim(self.params)
             for param in self.params:
@@ -226,7 +232,10 @@ class _PerParameter(OptimizerState):
             step = state.get("step") if not isinstance(state.get("step"), Tensor) else None
             kept.append((self._group(param), self._group(param).get("lr"), state, step))
 
+        steps = self._steps
+
         def restore() -> None:
+            self._steps = steps
             for group, lr, state, step in kept:
                 if lr is not None:
                     group["lr"] = lr

@@ -163,6 +163,8 @@ def trace_program(program: Program, params: Sequence[Tensor], *, twice: bool = F
 
 
 def _trace_once(program: Program, params: Sequence[Tensor]) -> Traced:
+    if not params:
+        raise NotCompilable("A compiled step must train at least one parameter; got none.")
     watch, used, names = Watch(params), [], []
 
     def loss_and_grads(*tensors: Tensor) -> list[Tensor]:
