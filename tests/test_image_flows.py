@@ -18,7 +18,14 @@ from torch.nn import functional as F
 from flowvi.distributions import Flow, StandardNormal
 from flowvi.flows import glow_image, realnvp_image
 from flowvi.nn import ConvConditioner, one_hot
-from flowvi.transforms import ActNorm, Coupling, Squeezed, compose, initialize_norms
+from flowvi.transforms import (
+    ActNorm,
+    Coupling,
+    Squeezed,
+    ToInterval,
+    compose,
+    initialize_norms,
+)
 
 NAMES = sorted(IMAGE_FLOWS)
 every = pytest.mark.parametrize("name", NAMES)
@@ -174,6 +181,26 @@ def test_start_from_data_survives_saving_bit_by_bit(recipe):
     loaded.train()
     assert torch.equal(loaded(context).log_prob(data), expected)
     assert torch.equal(copy.deepcopy(loaded)(context).log_prob(data), expected)
+
+
+def test_logit_of_the_data_comes_first():
+    """The density of pixels is that of their logits times the slope."""
+    shape = (1, 4, 4)
+    data = 256 * torch.rand(30, *shape) ** 3
+    plain, flow = (glow_image(shape, **SMALL) for _ in range(2))
+    flow.load_state_dict(plain.state_dict())
+    logits = torch.logit(0.05 + 0.9 * data / 256)
+    initialize_norms(plain.transform, logits)
+    both = flow.then(ToInterval(shape, 0.0, 256.0, margin=0.05))
+    initialize_norms(both.transform, data)
+    share = 0.05 + 0.9 * data / 256
+    slope = (0.9 / 256 / (share * (1 - share))).log().sum((1, 2, 3))
+    torch.testing.assert_close(both().log_prob(data), plain().log_prob(logits) + slope)
+    drawn = both().sample((50,))
+    assert drawn.min() > -0.06 * 256
+    assert drawn.max() < 1.06 * 256
+    with pytest.raises(ValueError, match="within the support"):
+        both().log_prob(data + 300)
 
 
 def test_start_from_data_keeps_modes_and_refuses_what_it_cannot_use():

@@ -51,7 +51,8 @@ def glow_image(
     to the next level. The last level has a Gaussian law of its own. Both directions are one pass.
 
     Begin with ``initialize_norms(flow.transform, batch, context)``. Draw sharper images, closer
-    to the mode, from ``flow.tempered(0.7)``.
+    to the mode, from ``flow.tempered(0.7)``. Pixels with hard bounds may go through a logit first:
+    ``flow.then(ToInterval(shape, 0.0, 256.0, margin=0.05))``.
 
     Args:
         shape: channels, height and width; ``2 ** num_levels`` must divide the last two.
