@@ -15,6 +15,7 @@ SCRIPTS = {
     "cnf_posteriors": ["cnf_posteriors.py"],
     "f_vae": ["f_vae.py"],
     "vae": ["vae.py"],
+    "diffusion": ["diffusion.py"],
     "latent_sde": ["latent_sde.py"],
     "compare": [
         *("compare.py", "--problems", "eight_schools", "--workers", "1"),
@@ -33,6 +34,7 @@ PRINTED = {
     "compare": "Pareto k",
     "f_vae": "weighted",
     "vae": "information",
+    "diffusion": "reconstruction",
     "latent_sde": "path KL",
     "posteriors": "Pareto k",
     "sde_posteriors": "weighted",

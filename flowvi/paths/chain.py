@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -88,9 +86,9 @@ class ChainPath(DiffusionPath):
     def __init__(
         self, dim: int, schedule: Schedule, num_layers: int, encoder: Function | None = None
     ) -> None:
-        self_times = LayerTimes(num_layers)
+        times = LayerTimes(num_layers)
         super().__init__(dim, schedule, encoder, _LayerDiffusion(schedule, num_layers))
-        self.times = self_times
+        self.times = times
 
     @property
     def num_layers(self) -> int:
@@ -98,19 +96,27 @@ class ChainPath(DiffusionPath):
         return self.times.num_layers
 
     def point(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> PathPoint:
-        point = super().point(eps, t, y)
+        """As for any path; the velocity takes the encoder's change over a layer for its rate."""
         values = self.schedule(t)
-        b = self.diffusion.at(t)
-        data, noise = self._encode(y, t), eps
+        code = data = self._encode(y, t)
+        state = values.alpha * code + values.sigma * eps
+        velocity, noise = values.d_alpha * code + values.d_sigma * eps, eps
         if self.encoder is not None:
             s = after(t, self.num_layers)
-            fresh = -torch.expm1(values.log_snr - self.schedule.log_snr(s))
-            shift = (self._encode(y, s) - data) / fresh
-            data, noise = data + shift, eps - values.alpha / values.sigma * shift
+            change = self._encode(y, s) - code
+            velocity = velocity + values.alpha * change * self.num_layers
+            shift = change / -torch.expm1(values.log_snr - self.schedule.log_snr(s))
+            data, noise = code + shift, eps - values.alpha / values.sigma * shift
+        b = self.diffusion.at(t)
         of_data, of_noise = self.drift_rates(t, values, b)
-        drift = of_data * data + of_noise * noise
-        return replace(
-            point, drift=drift, data=data.expand_as(point.state), noise=noise.expand_as(drift)
+        return PathPoint(
+            state,
+            velocity,
+            -eps / values.sigma,
+            of_data * data + of_noise * noise,
+            b.expand_as(state),
+            data.expand_as(state),
+            noise.expand_as(state),
         )
 
     def drift_rates(self, t: Tensor, values: ScheduleValues, b: Tensor) -> tuple[Tensor, Tensor]:
