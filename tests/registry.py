@@ -18,6 +18,33 @@ from flowvi.guides import (
     AutoMixtureFlow,
     AutoPlateFlow,
 )
+from flowvi.models import (
+    VAE,
+    BernoulliLikelihood,
+    CategoricalLikelihood,
+    ContinuousBernoulliLikelihood,
+    ConvDecoder,
+    ConvEncoder,
+    DiagonalPosterior,
+    DiscretisedLogisticLikelihood,
+    HierarchicalVAE,
+    LadderVAE,
+    Likelihood,
+    MLPDecoder,
+    MLPEncoder,
+    NormalLikelihood,
+    ResidualVAE,
+    VampPrior,
+    cnf_posterior,
+    full_posterior,
+    householder_sylvester_posterior,
+    iaf_posterior,
+    orthogonal_sylvester_posterior,
+    planar_posterior,
+    realnvp_posterior,
+    spline_posterior,
+    triangular_sylvester_posterior,
+)
 from flowvi.nn import ConcatSquashField, GatedField, MLPField, PotentialField, VectorField
 from flowvi.objectives import (
     CUBO,
@@ -43,7 +70,9 @@ from flowvi.objectives import (
 from flowvi.paths import (
     AlphaSigma,
     BrownianBridge,
+    ChainPath,
     DiffusionPath,
+    FadedFlowPath,
     FlowPath,
     GaussianPath,
     LearnedMonotone,
@@ -57,6 +86,7 @@ from flowvi.paths import (
     VarianceExploding,
     VariancePreserving,
     VariancePreservingCosine,
+    VarianceTrained,
     with_time,
 )
 from flowvi.samplers import (
@@ -111,11 +141,15 @@ from flowvi.transforms import (
 )
 
 __all__ = [
+    "CHAINS",
     "FLOWS",
     "GUIDES",
     "IMAGE_FLOWS",
+    "LIKELIHOODS",
     "OBJECTIVES",
+    "PAIRS",
     "PATHS",
+    "POSTERIORS",
     "SAMPLERS",
     "SAMPLERS_OF_MODELS",
     "SCHEDULES",
@@ -547,6 +581,7 @@ SCHEDULES: dict[str, Case] = {
     "sub-variance preserving": Case(SubVariancePreserving),
     "variance exploding": Case(VarianceExploding),
     "variance preserving": Case(VariancePreserving),
+    "variance trained": Case(partial(VarianceTrained, 4, -3.0, 5.0)),
 }
 SAMPLERS: dict[str, Case] = {
     "euler": Case(EulerMaruyama),
@@ -578,6 +613,13 @@ SAMPLERS_OF_MODELS: dict[str, Case] = {
     "sde, heun": Case(lambda: ReverseSDE(StochasticHeun())),
     "sde, level": Case(partial(ReverseSDE, level=0.5)),
 }
+# Their drift is that of a step, not of a process with their marginals.
+CHAINS: dict[str, Case] = {
+    "chain": Case(lambda: ChainPath(2, LinearLogSNR(-3.0, 4.0), 5), 2, 2),
+    "chain, encoder": Case(
+        lambda: ChainPath(2, LinearLogSNR(-3.0, 4.0), 5, _encoder_of_time()), 2, 2
+    ),
+}
 PATHS: dict[str, Case] = {
     "bridge": Case(lambda: BrownianBridge(2, 0.7), 2, 4),
     "diffusion": Case(lambda: DiffusionPath(2, LinearLogSNR(-3.0, 4.0)), 2, 2),
@@ -592,6 +634,13 @@ PATHS: dict[str, Case] = {
         2,
     ),
     "flow": Case(_flow_path, 2, 2),
+    "flow, faded": Case(
+        lambda: FadedFlowPath(
+            flows.realnvp(2, 3, num_layers=2, hidden_dims=(8,)).transform, LinearLogSNR(-3.0, 4.0)
+        ),
+        2,
+        2,
+    ),
     "flow, cheap forward only": Case(lambda: _flow_path(flows.iaf), 2, 2),
     "gaussian": Case(lambda: GaussianPath(2, _mean, _scale, 0.5), 2, 2),
     "gaussian, state": Case(lambda: GaussianPath(2, _mean, _scale, _state_diffusion()), 2, 2),
@@ -602,4 +651,75 @@ PATHS: dict[str, Case] = {
         lambda: StochasticInterpolant(2, lambda t: t.cos(), 0.5, VariancePreserving()), 2, 4
     ),
     "mixture": Case(_mixture_path, 2, 2),
+}
+
+
+# Models of images, all of shape (1, 4, 4). ``input_dim`` is the length of the latent vector.
+IMAGE = (1, 4, 4)
+LIKELIHOODS: dict[str, Case] = {
+    "bernoulli": Case(partial(BernoulliLikelihood, IMAGE)),
+    "categorical": Case(partial(CategoricalLikelihood, IMAGE, 5)),
+    "continuous bernoulli": Case(partial(ContinuousBernoulliLikelihood, IMAGE)),
+    "discretised logistic": Case(partial(DiscretisedLogisticLikelihood, IMAGE, 7)),
+    "normal": Case(partial(NormalLikelihood, IMAGE, 0.5, learn_scale=True)),
+}
+POSTERIORS: dict[str, Case] = {
+    "continuous": Case(
+        partial(cnf_posterior, 5, 3, hidden_dims=(4,), low_rank=1, solver=DormandPrince(8)),
+        3,
+        5,
+        scale=0.3,
+    ),
+    "full": Case(partial(full_posterior, 5, 3), 3, 5),
+    "iaf": Case(partial(iaf_posterior, 5, 3, hidden_dims=(8,)), 3, 5),
+    "planar": Case(partial(planar_posterior, 5, 3, num_layers=3), 3, 5),
+    "realnvp": Case(partial(realnvp_posterior, 5, 3, hidden_dims=(8,)), 3, 5),
+    "spline": Case(partial(spline_posterior, 5, 3, hidden_dims=(8,)), 3, 5),
+    "sylvester, householder": Case(partial(householder_sylvester_posterior, 5, 3), 3, 5),
+    "sylvester, orthogonal": Case(
+        partial(orthogonal_sylvester_posterior, 5, 3, bottleneck_dim=2), 3, 5
+    ),
+    "sylvester, triangular": Case(partial(triangular_sylvester_posterior, 5, 3), 3, 5),
+}
+
+
+def _vae(
+    likelihood: Likelihood,
+    posterior: Callable = DiagonalPosterior,
+    *,
+    prior: nn.Module | None = None,
+    context_dim: int = 0,
+    pseudo_inputs: int = 0,
+) -> VAE:
+    encoder, made = MLPEncoder(IMAGE, (8,)), posterior(8 + context_dim, 3)
+    if pseudo_inputs:
+        prior = VampPrior(encoder, made, torch.rand(pseudo_inputs, *IMAGE))
+    decoder = MLPDecoder(3 + context_dim, (8,), likelihood.output_shape)
+    return VAE(encoder, decoder, likelihood, made, prior, context_dim=context_dim)
+
+
+def _convolutional_vae() -> VAE:
+    likelihood = CategoricalLikelihood(IMAGE, 5)
+    decoder = ConvDecoder(3, (2, 3), likelihood.output_shape)
+    return VAE(ConvEncoder(IMAGE, (2, 3), 8), decoder, likelihood, DiagonalPosterior(8, 3))
+
+
+_black_white = partial(BernoulliLikelihood, IMAGE)
+PAIRS: dict[str, Case] = {
+    "hierarchical": Case(lambda: HierarchicalVAE(_black_white(), (3, 2, 2), (6, 5, 4))),
+    "hierarchical, batch norm": Case(
+        lambda: HierarchicalVAE(_black_white(), (3, 2), (6, 5), batch_norm=True)
+    ),
+    "ladder": Case(lambda: LadderVAE(_black_white(), (3, 2, 2), (6, 5, 4))),
+    "residual": Case(lambda: ResidualVAE(_black_white(), (1, 2), width=4, latent_channels=2)),
+    "vae": Case(lambda: _vae(_black_white())),
+    "vae, context": Case(lambda: _vae(_black_white(), context_dim=2), context_dim=2),
+    "vae, context, flow prior": Case(
+        lambda: _vae(_black_white(), prior=_narrow(3, 2), context_dim=2), context_dim=2
+    ),
+    "vae, convolutional": Case(_convolutional_vae),
+    "vae, flow prior": Case(lambda: _vae(_black_white(), iaf_posterior, prior=_narrow(3))),
+    "vae, logistic": Case(lambda: _vae(DiscretisedLogisticLikelihood(IMAGE, 7))),
+    "vae, vamp prior": Case(lambda: _vae(_black_white(), pseudo_inputs=4)),
+    "vae, vamp prior, flow": Case(lambda: _vae(_black_white(), full_posterior, pseudo_inputs=4)),
 }

@@ -14,6 +14,7 @@ import torch
 from pyro.infer import ELBO as PyroELBO
 from pyro.infer.autoguide import AutoGuide
 from registry import (
+    CHAINS,
     FLOWS,
     GUIDES,
     IMAGE_FLOWS,
@@ -82,7 +83,7 @@ def test_every_schedule_is_registered():
 
 
 def test_every_path_is_registered():
-    assert public_subclasses(Path) <= {type(case.make()) for case in PATHS.values()}
+    assert public_subclasses(Path) <= {type(case.make()) for case in (PATHS | CHAINS).values()}
 
 
 def test_every_sampler_is_registered():

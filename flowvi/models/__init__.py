@@ -9,11 +9,14 @@ from flowvi.models.couplings import (
     SinkhornCoupling,
     StartCoupling,
 )
+from flowvi.models.data_ends import DataEnd, LevelEnd, RealEnd
 from flowvi.models.dequantisation import (
     Dequantizer,
     UniformDequantizer,
     VariationalDequantizer,
 )
+from flowvi.models.diffenc import DiffEnc, FadingEncoder, LearnedEncoder
+from flowvi.models.diffusion import DiffusionModel, DiffusionTerms
 from flowvi.models.drifts import DriftMLP
 from flowvi.models.encoders import (
     ConvolutionalEncoder,
@@ -22,8 +25,11 @@ from flowvi.models.encoders import (
     SeriesEncoder,
 )
 from flowvi.models.f_vae import FVAE
+from flowvi.models.hierarchical import HierarchicalVAE
 from flowvi.models.image_flow import ImageFlow, ImageFlowLikelihood
 from flowvi.models.image_networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
+from flowvi.models.image_pair import ImagePair
+from flowvi.models.ladder import LadderVAE, precision_weighted
 from flowvi.models.latent_posteriors import (
     LatentPosterior,
     SimulatedLatent,
@@ -45,6 +51,7 @@ from flowvi.models.likelihoods import (
     Likelihood,
     NormalLikelihood,
 )
+from flowvi.models.neural_diffusion import NeuralFlowDiffusion
 from flowvi.models.ode_likelihood import ODELikelihood
 from flowvi.models.pair import ELBOTerms, LogLikelihood, ModelGuidePair
 from flowvi.models.posteriors import (
@@ -62,54 +69,80 @@ from flowvi.models.posteriors import (
 )
 from flowvi.models.rectified_flow import RectifiedFlow
 from flowvi.models.rectified_terms import RectifiedTerms
-from flowvi.models.transport import TransportCost, normalised_path_energy, wasserstein_distance
+from flowvi.models.residual import ResidualStage, ResidualVAE
+from flowvi.models.score import ScoreModel
+from flowvi.models.top_down import Stage, TopDownVAE
+from flowvi.models.transport import (
+    TransportCost,
+    normalised_path_energy,
+    wasserstein_distance,
+)
 from flowvi.models.vae import VAE, VampPrior
+from flowvi.models.vdm import VDM, noise_weighting
 
 __all__ = [
     "FVAE",
     "VAE",
+    "VDM",
     "BernoulliLikelihood",
     "CategoricalLikelihood",
     "ContinuousBernoulliLikelihood",
     "ConvDecoder",
     "ConvEncoder",
     "ConvolutionalEncoder",
+    "DataEnd",
     "Dequantizer",
     "DiagonalPosterior",
+    "DiffEnc",
+    "DiffusionModel",
+    "DiffusionTerms",
     "DiscretisedLogisticLikelihood",
     "DriftMLP",
     "ELBOTerms",
+    "FadingEncoder",
     "FirstFramesEncoder",
     "FlowPosterior",
     "GaussianDecoder",
+    "HierarchicalVAE",
     "ImageFlow",
     "ImageFlowLikelihood",
+    "ImagePair",
     "IndependentCoupling",
+    "LadderVAE",
     "LatentPosterior",
     "LatentRectifiedFlow",
     "LatentRectifiedTerms",
     "LatentSDE",
     "LatentTerms",
     "LearnedCoupling",
+    "LearnedEncoder",
+    "LevelEnd",
     "Likelihood",
     "LogLikelihood",
     "MLPDecoder",
     "MLPEncoder",
     "ModelGuidePair",
+    "NeuralFlowDiffusion",
     "NormalLikelihood",
     "NormalStart",
     "ODELikelihood",
     "OptimalTransportCoupling",
     "PairedCoupling",
     "Prediction",
+    "RealEnd",
     "RectifiedFlow",
     "RectifiedTerms",
     "RecurrentEncoder",
+    "ResidualStage",
+    "ResidualVAE",
+    "ScoreModel",
     "SeriesEncoder",
     "SimulatedLatent",
     "SimulationFreeLatent",
     "SinkhornCoupling",
+    "Stage",
     "StartCoupling",
+    "TopDownVAE",
     "TransportCost",
     "UniformDequantizer",
     "VampPrior",
@@ -119,9 +152,11 @@ __all__ = [
     "full_posterior",
     "householder_sylvester_posterior",
     "iaf_posterior",
+    "noise_weighting",
     "normalised_path_energy",
     "orthogonal_sylvester_posterior",
     "planar_posterior",
+    "precision_weighted",
     "realnvp_posterior",
     "spline_posterior",
     "triangular_sylvester_posterior",

@@ -1,7 +1,9 @@
 """Time-dependent marginals q(x, t | y): schedules, paths, and the processes that share them."""
 
 from flowvi.paths.base import Path, PathPoint, with_time
+from flowvi.paths.chain import ChainPath, LayerTimes
 from flowvi.paths.diffusion import Diffusion, StateDiffusion, TimeDiffusion
+from flowvi.paths.faded_flow import FadedFlowPath
 from flowvi.paths.flow_path import FlowPath
 from flowvi.paths.gaussian import DiffusionPath, GaussianPath, ScheduleDiffusion
 from flowvi.paths.interpolant import (
@@ -30,19 +32,24 @@ from flowvi.paths.variance_preserving import (
     VariancePreserving,
     VariancePreservingCosine,
 )
+from flowvi.paths.variance_trained import VarianceTrained
 
 __all__ = [
+    "SDE",
     "AlphaSigma",
     "BridgeNoise",
     "BrownianBridge",
+    "ChainPath",
     "DensityTimes",
     "Diffusion",
     "DiffusionPath",
     "Drift",
+    "FadedFlowPath",
     "FlowPath",
     "GaussianPath",
     "InterpolantNoise",
     "LateTimes",
+    "LayerTimes",
     "LearnedMonotone",
     "Linear",
     "LinearLogSNR",
@@ -52,7 +59,6 @@ __all__ = [
     "PredictedDrift",
     "Prediction",
     "ProcessFamily",
-    "SDE",
     "Schedule",
     "ScheduleDiffusion",
     "ScheduleValues",
@@ -65,6 +71,7 @@ __all__ = [
     "VarianceExploding",
     "VariancePreserving",
     "VariancePreservingCosine",
+    "VarianceTrained",
     "convert",
     "matched",
     "prediction_family",
