@@ -56,6 +56,13 @@ CASES = {
     "gradients": lambda ax=None: plots.gradients(GradientReport(ESTIMATORS, 3, 100, 2), ax),
     "image_grid": lambda ax=None: plots.image_grid(torch.rand(5, 1, 8, 6), ax),
     "image_grid, colours": lambda ax=None: plots.image_grid(torch.rand(3, 3, 4, 4), ax),
+    "latent_manifold": lambda ax=None: plots.latent_manifold(
+        lambda z: z.sum(-1).reshape(-1, 1, 1, 1).expand(-1, 1, 4, 5), ax, num_columns=3
+    ),
+    "latent_points": lambda ax=None: plots.latent_points(torch.randn(9, 2), ax),
+    "latent_points, labels": lambda ax=None: plots.latent_points(
+        torch.randn(9, 2), ax, labels=torch.arange(9) % 4
+    ),
     "pareto_k_bars": lambda ax=None: plots.pareto_k_bars({"a": 0.2, "b": float("inf")}, ax),
 }
 
@@ -102,7 +109,29 @@ def test_image_grid_puts_images_in_rows():
     assert (sheet[2] == 1).all()
 
 
+def test_latent_manifold_is_even_in_probability():
+    seen = []
+    plots.latent_manifold(lambda z: seen.append(z) or torch.zeros(len(z), 1, 2, 2), num_columns=4)
+    grid = torch.special.ndtr(seen[0]).unflatten(0, (4, 4))
+    places = torch.tensor([1, 3, 5, 7]) / 8
+    assert torch.allclose(grid[..., 0], places.expand(4, 4), atol=1e-6)
+    # The second latent grows upwards.
+    assert torch.allclose(grid[..., 1], places.flip(0).unsqueeze(-1).expand(4, 4), atol=1e-6)
+
+
+def test_latent_points_have_a_colour_for_each_label():
+    ax = plots.latent_points(torch.randn(30, 2), labels=torch.arange(30) % 10)
+    colors = {tuple(c.get_facecolor()[0]) for c in ax.collections}
+    assert len(colors) == 10
+
+
 def test_messages():
+    with pytest.raises(ValueError, match="`num_columns` must be at least 2; got 1"):
+        plots.latent_manifold(lambda z: z, num_columns=1)
+    with pytest.raises(ValueError, match=r"`z` must have shape \(N, 2\); got \(3, 3\)"):
+        plots.latent_points(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match=r"`labels` must have shape \(3,\); got \(2,\)"):
+        plots.latent_points(torch.zeros(3, 2), labels=torch.zeros(2))
     with pytest.raises(ValueError, match=r"`images` must have shape \(N, C, H, W\)"):
         plots.image_grid(torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="`num_columns` must be at least 1; got 0"):
