@@ -305,6 +305,32 @@ def test_likelihood_by_the_flow_is_the_density():
     assert (found.se == 0).all()
 
 
+def test_likelihood_counts_the_factor_of_the_last_state():
+    """Gaussian data, stopped where noise is large: density of alpha y, and its volume, by hand."""
+    own = LinearLogSNR(-14.0, 1.0)
+
+    class Exact(nn.Module):
+        def forward(self, x, t):
+            values = own(t)
+            gain = 0.25 * values.alpha / (0.25 * values.alpha**2 + values.sigma**2)
+            return 0.4 + gain * (x - 0.4 * values.alpha)
+
+    model = VDM(RealEnd((1,)), Exact(), own, prediction=Prediction.DATA)
+    y = torch.linspace(-1.0, 2.0, 5).unsqueeze(-1)
+    alpha, sigma = own(torch.ones(())).alpha, own(torch.ones(())).sigma
+    law = torch.distributions.Normal(0.4 * alpha, (0.25 * alpha**2 + sigma**2).sqrt())
+    want = law.log_prob(alpha * y[:, 0]) + alpha.log()
+    found = model.log_likelihood(y, solver=RK4(12))
+    torch.testing.assert_close(found.value, want, rtol=0.0, atol=2e-3)
+
+
+def test_start_has_the_variance_of_unit_data_in_noise():
+    exploding, preserving = MODELS["score, ve"][1](), MODELS["vdm"][1]()
+    scale = exploding.start().base_dist.scale
+    torch.testing.assert_close(scale, torch.full((2,), math.sqrt(101.0)))
+    assert (preserving.start().base_dist.scale == 1).all()
+
+
 def test_likelihood_of_levels_is_a_bound():
     """Uniform noise within cells: below the log-probability of the cells, by Jensen, a little."""
     own = LinearLogSNR(-7.0, 9.0)

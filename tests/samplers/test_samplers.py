@@ -178,6 +178,17 @@ def test_ancestral_steps_are_draws_from_the_posterior():
     torch.testing.assert_close(moved - got, sd.expand(1, 2))
 
 
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_noise_of_ddim_is_that_of_the_literature(eta):
+    """Equation 16 of the reference with its alpha-bar: square of alpha, in its own words."""
+    t, s = torch.tensor([[0.3]]), torch.tensor([[0.5]])
+    bar, bar_before = SCHEDULE(t).alpha ** 2, SCHEDULE(s).alpha ** 2
+    sd = eta * ((1 - bar_before) / (1 - bar) * (1 - bar / bar_before)).sqrt()
+    args = (process(SCHEDULE), torch.zeros(1, 2), t, s)
+    still, kick = (DDIM(eta).step(*args, torch.full((1, 1, 2), z), None)[0] for z in (0.0, 1.0))
+    torch.testing.assert_close(kick - still, sd.expand(1, 2))
+
+
 class CountedNetwork:
     def __init__(self):
         self.mean, self.calls = denoiser(SCHEDULE), 0
