@@ -19,6 +19,7 @@ from flowvi.guides import (
     AutoPlateFlow,
 )
 from flowvi.models import (
+    FVAE,
     VAE,
     BernoulliLikelihood,
     CategoricalLikelihood,
@@ -28,12 +29,14 @@ from flowvi.models import (
     DiagonalPosterior,
     DiscretisedLogisticLikelihood,
     HierarchicalVAE,
+    ImageFlowLikelihood,
     LadderVAE,
     Likelihood,
     MLPDecoder,
     MLPEncoder,
     NormalLikelihood,
     ResidualVAE,
+    TopDownVAE,
     VampPrior,
     cnf_posterior,
     full_posterior,
@@ -173,7 +176,7 @@ class Case:
         float32: whether the float32 round trip is promised (spline and affine maps).
         bound: whether a guide's log_q is a bound, not the log-density of its draws.
         scale: standard deviation of drawn parameters; below 1 where errors of a fixed number of
-            steps would be above the tests' tolerances.
+            steps would be above the tests' tolerances (test_continuous.py takes more steps for 1).
     """
 
     make: Callable[[], Any]
@@ -704,14 +707,32 @@ def _convolutional_vae() -> VAE:
     return VAE(ConvEncoder(IMAGE, (2, 3), 8), decoder, likelihood, DiagonalPosterior(8, 3))
 
 
+def _top_down() -> TopDownVAE:
+    likelihood = _black_white()
+    parts = ResidualVAE(likelihood, (2,), width=4, latent_channels=2)
+    return TopDownVAE(
+        parts.encoder, parts.stages, parts.decoder, likelihood, start=torch.randn(4, 4, 4)
+    )
+
+
+def _f_vae() -> FVAE:
+    flow = flows.glow_image(IMAGE, 3, num_layers=1, hidden_dims=(4,))
+    likelihood = ImageFlowLikelihood(flow, 17)
+    return FVAE(
+        MLPEncoder(IMAGE, (8,)), MLPDecoder(2, (4,), (3,)), likelihood, DiagonalPosterior(8, 2)
+    )
+
+
 _black_white = partial(BernoulliLikelihood, IMAGE)
 PAIRS: dict[str, Case] = {
+    "f-vae": Case(_f_vae),
     "hierarchical": Case(lambda: HierarchicalVAE(_black_white(), (3, 2, 2), (6, 5, 4))),
     "hierarchical, batch norm": Case(
         lambda: HierarchicalVAE(_black_white(), (3, 2), (6, 5), batch_norm=True)
     ),
     "ladder": Case(lambda: LadderVAE(_black_white(), (3, 2, 2), (6, 5, 4))),
     "residual": Case(lambda: ResidualVAE(_black_white(), (1, 2), width=4, latent_channels=2)),
+    "top down": Case(_top_down),
     "vae": Case(lambda: _vae(_black_white())),
     "vae, context": Case(lambda: _vae(_black_white(), context_dim=2), context_dim=2),
     "vae, context, flow prior": Case(

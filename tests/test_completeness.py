@@ -18,8 +18,11 @@ from registry import (
     FLOWS,
     GUIDES,
     IMAGE_FLOWS,
+    LIKELIHOODS,
     OBJECTIVES,
+    PAIRS,
     PATHS,
+    POSTERIORS,
     SAMPLERS,
     SAMPLERS_OF_MODELS,
     SCHEDULES,
@@ -27,7 +30,7 @@ from registry import (
 )
 
 import flowvi
-from flowvi import flows
+from flowvi import flows, models
 from flowvi.distributions import Flow
 from flowvi.paths import Path, Schedule
 from flowvi.samplers import Sampler, SDESolver
@@ -90,6 +93,21 @@ def test_every_sampler_is_registered():
     assert public_subclasses(SDESolver) <= {type(case.make()) for case in SAMPLERS.values()}
     of_models = {type(case.make()) for case in SAMPLERS_OF_MODELS.values()}
     assert public_subclasses(Sampler) <= of_models
+
+
+def test_every_model_of_images_is_registered():
+    # Tested on their own: their latents are images or paths, or their laws are those of a flow.
+    own = {models.ImageFlow, models.ImageFlowLikelihood, models.LatentRectifiedFlow}
+    own |= {models.LevelEnd, models.RealEnd}
+    pairs = {type(case.make()) for case in PAIRS.values()}
+    assert public_subclasses(models.ImagePair) - own <= pairs
+    likelihoods = {type(case.make()) for case in LIKELIHOODS.values()}
+    assert public_subclasses(models.Likelihood) - own <= likelihoods
+
+
+def test_every_posterior_family_is_registered():
+    families = {name for name in models.__all__ if name.endswith("_posterior")}
+    assert families == {case.make.func.__name__ for case in POSTERIORS.values()}
 
 
 def test_every_recipe_is_registered():
