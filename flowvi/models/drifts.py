@@ -181,12 +181,12 @@ def pick(rows: Tensor, index: Tensor) -> Tensor:
         result: ``(*times, *batch, size)``.
     """
     batch = rows.shape[:-2]
-    if index.dim() != len(batch) and index.numel() == (index.shape[0] if index.dim() else 1):
+    lead = index.shape[: index.dim() - len(batch)]
+    if lead and index.numel() == index.shape[0]:
         # One index for all items: whole slices are copied, and summed in the backward pass.
         chosen = rows.movedim(-2, 0).index_select(0, index.reshape(-1))
-        lead = index.shape[: max(index.dim() - len(batch), 0)]
-        return chosen.reshape(*lead, *chosen.shape[1:])
-    index = index.expand(*index.shape[: index.dim() - len(batch)], *batch)
-    lead = index.shape[: index.dim() - len(batch)]
-    spread = rows.expand(*lead, *rows.shape)
-    return torch.take_along_dim(spread, index[..., None, None], -2).squeeze(-2)
+    else:
+        # Within each item, so that the backward pass fills no more than the rows there are.
+        places = index.expand(*lead, *batch).reshape(-1, *batch).movedim(0, -1)
+        chosen = torch.take_along_dim(rows, places.unsqueeze(-1), -2).movedim(-2, 0)
+    return chosen.reshape(*lead, *chosen.shape[1:])

@@ -302,8 +302,7 @@ def between(at: Tensor, rows: Tensor, t: Tensor) -> Tensor:
     """
     index, _ = next_of(at, t.detach())
     index = index.clamp(min=1)
-    spread = at.to(t).expand(*index.shape, -1)
-    low, high = (torch.take_along_dim(spread, i.unsqueeze(-1), -1) for i in (index - 1, index))
+    low, high = (pick(at.to(t).unsqueeze(-1), i) for i in (index - 1, index))
     # Intervals without length belong to padding; there the later row counts.
     width = high - low
     part = torch.where(width > 0, (t - low) / torch.where(width > 0, width, 1.0), 1.0)

@@ -72,13 +72,17 @@ def test_trained_guides_are_close(example: ModuleType, name: str):
     torch.set_default_dtype(torch.float32)
     problem = example.PROBLEMS[name]()
     with pyro.validation_enabled(False):
-        pair = example.train(example.Pair(problem), 1000)
+        pair = example.train(example.Pair(problem), 600)
         states, weights = example.draw(pair, 20_000)
     exact = example.reference(problem)
     even = torch.full_like(weights, 1 / len(weights))
     mean, log_sd = example.errors(problem, exact, states, even)
-    assert mean < 0.9
-    assert log_sd < 0.9
+    # Measured: 0.14 and 0.27 for the double well, 0.11 and 0.52 for the geometric motion.
+    assert mean < 0.3
+    assert log_sd < 0.75
+    effective = float(1 / weights.square().sum())
+    assert effective > 2000
     mean, log_sd = example.errors(problem, exact, states, weights)
-    assert mean < 0.45
-    assert log_sd < 0.45
+    # The largest of some 80 dependent errors of a mean over `effective` draws.
+    assert mean < 4 / effective**0.5
+    assert log_sd < 5 / effective**0.5
