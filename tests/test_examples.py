@@ -25,6 +25,7 @@ SCRIPTS = {
         *("posteriors.py", "--problems", "eight_schools", "--workers", "1"),
         *("--guides", "AutoNormal", "RealNVP", "mixture"),
     ],
+    "rectified_flow": ["rectified_flow.py"],
     "sde_posteriors": ["sde_posteriors.py"],
 }
 # What each prints in its table.
@@ -37,6 +38,7 @@ PRINTED = {
     "diffusion": "reconstruction",
     "latent_sde": "path KL",
     "posteriors": "Pareto k",
+    "rectified_flow": "straightness",
     "sde_posteriors": "weighted",
 }
 

@@ -28,6 +28,8 @@ def test_readme_code_runs(monkeypatch, capsys):
     assert names["generated"].shape == (8, 2)
     assert names["ahead"].means.shape == (20, 16, 2, 1)
     assert names["drawn"].shape == (4, 1, 8, 8)
+    assert names["density"].shape == (64,)
+    assert names["reached"].shape == (8, 2)
     assert set(names["units"]) == {"z1", "z2"}
     assert names["bits"] > 0
     assert not any(row.failure for row in names["table"])

@@ -12,6 +12,7 @@ from bridge_forms import LinearCase, full_covariance
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
+from flowvi.distributions import Flow
 from flowvi.models import (
     LearnedCoupling,
     PairedCoupling,
@@ -26,7 +27,7 @@ from flowvi.paths import (
     matched,
 )
 from flowvi.samplers import DDIM, ProbabilityFlow, ReverseSDE, sample
-from flowvi.transforms import RK4, Hutchinson, Midpoint
+from flowvi.transforms import RK4, Hutchinson, Midpoint, TriangularAffine
 
 WIDE = torch.tensor([[4.0]])
 DATA = {"1-D": WIDE, "5-D": full_covariance(5)}
@@ -314,3 +315,83 @@ def test_reflow_keeps_the_ends_and_straightens():
         _ = terms.elbo
     with pytest.raises(ValueError, match=r"`x` must have shape \(B, 4\)"):
         second.terms(pairs[:, :2])
+
+
+# Training by stock SVI.
+
+
+class _Polynomial(VectorField):
+    """f = (A_0 + A_1 t + ... + A_k t^k) x."""
+
+    def __init__(self, dim: int, degree: int = 6) -> None:
+        super().__init__(dim)
+        self.coefficients = nn.Parameter(torch.zeros(degree + 1, dim, dim))
+
+    def velocity(self, time: Tensor, x: Tensor, prepared: None) -> Tensor:
+        powers = (2 * time.unsqueeze(-1) - 1) ** torch.arange(len(self.coefficients)).to(x)
+        terms = torch.einsum("kij,...j->...ki", self.coefficients, x)
+        return (powers.unsqueeze(-1) * terms).sum(-2)
+
+
+def train(flow: RectifiedFlow, case: LinearCase, num_steps: int, lr: float) -> None:
+    # The likeliest failure of a step is one late time; clipping keeps it small.
+    settings = {"lr": lr, "lrd": 0.02 ** (1 / num_steps), "clip_norm": 10.0}
+    optimizer = pyro.optim.ClippedAdam(settings)
+    model, guide = (pyro.poutine.scale(p, 1 / 256) for p in (flow.model, flow.guide))
+    svi = SVI(model, guide, optimizer, Trace_ELBO())
+    for _ in range(num_steps):
+        svi.step(case.items(256))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DATA)
+def test_svi_reaches_the_schroedinger_bridge(name: str):
+    case = LinearCase.bridge(DATA[name], 0.7)
+    coupling = LearnedCoupling(Flow(TriangularAffine(case.dim, case.dim)))
+    path = BrownianBridge(case.dim, 0.7)
+    flow = RectifiedFlow(_Polynomial(case.dim), path, coupling, num_times=2)
+    train(flow, case, 3000, 0.02)
+    with torch.no_grad():
+        x = case.items(200_000)
+        bound = torch.cat([flow.terms(part).elbo for part in x.split(20_000)])
+        mean = coupling(x[:20_000], flow.start(), None).expand((50, 20_000)).sample().mean(0)
+    found = float(bound.mean())
+    print(name, "bound", found, "+-", float(bound.std()) / 200_000**0.5, "best", -case.entropy)
+    assert abs(found + case.entropy) < 0.02 + 4.5 * float(bound.std()) / 200_000**0.5
+    # Least squares of the start on the item, and with it the covariance of the two.
+    slope = torch.linalg.lstsq(x[:20_000], mean).solution.T
+    cross, want = slope @ case.data, case.slope @ case.data
+    print(name, "cross", cross.tolist(), "want", want.tolist())
+    assert (cross - want).norm() < 0.03 * want.norm()
+
+
+@pytest.mark.slow
+def test_svi_with_the_independent_coupling_stays_at_its_own_value():
+    case = LinearCase.independent(WIDE, 0.7)
+    flow = RectifiedFlow(_Polynomial(1), BrownianBridge(1, 0.7), num_times=2)
+    train(flow, case, 1500, 0.02)
+    with torch.no_grad():
+        bound = flow.terms(case.items(400_000)).elbo
+    error = float(bound.std()) / 400_000**0.5
+    print("independent bound", float(bound.mean()), "+-", error)
+    assert abs(float(bound.mean()) + 4.2970) < 0.02 + 4.5 * error
+
+
+@pytest.mark.slow
+def test_svi_with_vanishing_noise_straightens():
+    residuals = []
+    for sigma in (1.0, 0.3):
+        case = LinearCase.independent(WIDE, 0.0)
+        coupling = LearnedCoupling(Flow(TriangularAffine(1, 1)))
+        flow = RectifiedFlow(_Polynomial(1), straight(1, sigma), coupling)
+        train(flow, case, 1500, 0.02)
+        with torch.no_grad():
+            terms = flow.terms(case.items(100_000))
+            cost = flow.transport(2000)
+        best = best_linear(2.0, sigma)
+        residual = 2 * sigma**2 * float(terms.path.mean())
+        residuals.append(residual)
+        print(sigma, "residual", residual, best.residual, float(cost.straightness.mean()))
+        assert residual == pytest.approx(best.residual, rel=0.1)
+    assert residuals[1] < 0.25 * math.pi
+    assert residuals[1] < residuals[0] / 2

@@ -1,0 +1,136 @@
+"""Couplings of rectified flows: paths in the plane, and bounds on images, over seeds.
+
+In the plane every flow is one network of the same size; what differs is which start is joined to
+which item. ``NPE`` is the normalised path energy, ``W2 at 5`` the 2-Wasserstein distance to the
+data after five Euler steps. Images compare the bound of a Brownian bridge under an independent and
+a learned coupling. Runs are written as they finish, and a run that is in the file is not done
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from _timing import facts, table, write_json
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from image_bridges import load, measure, train_bridge  # noqa: E402
+from planar_flows import COUPLINGS, PROBLEMS, judge, train  # noqa: E402
+
+# Normalised path energies of Tong et al. (2024), arXiv:2302.00482, for the same problems.
+PUBLISHED = {
+    "N to 8 Gaussians": {"independent": 0.222, "minibatch OT": 0.018},
+    "moons to 8 Gaussians": {"independent": 2.738, "minibatch OT": 0.053},
+}
+IMAGE_COUPLINGS = ("independent", "learned")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=["plane", "digits"])
+    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--image-seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--num-steps", type=int, default=3000)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args()
+
+
+def in_plane(problem: str, coupling: str, num_steps: int, seed: int) -> dict[str, Any]:
+    """One flow in the plane."""
+    began = time.process_time()
+    flow = train(problem, coupling, num_steps, seed)
+    seconds = time.process_time() - began
+    return {**asdict(judge(flow)), "seconds": round(seconds, 1)}
+
+
+def on_images(data: str, coupling: str, num_steps: int, seed: int) -> dict[str, Any]:
+    """One bridge to images."""
+    pictures = load(data, None)
+    began = time.process_time()
+    flow = train_bridge(pictures, coupling, num_steps, seed)
+    seconds = time.process_time() - began
+    terms = measure(flow, pictures, 50)
+    parts = {name: getattr(terms, name) for name in ("elbo", "coupling", "reference", "path")}
+    means = {name: float(part.mean()) for name, part in parts.items()}
+    error = float(terms.elbo.std()) / math.sqrt(len(pictures.test))
+    return {**means, "error": error, "seconds": round(seconds, 1)}
+
+
+def run(args: argparse.Namespace, results: dict[str, Any], keep: Callable[[], None]) -> None:
+    """All runs that are not in the results yet."""
+    jobs = []
+    if "plane" in args.only:
+        jobs += [(in_plane, p, c, s) for s in args.seeds for p in args.problems for c in COUPLINGS]
+    if "digits" in args.only:
+        jobs += [(on_images, "digits", c, s) for s in args.image_seeds for c in IMAGE_COUPLINGS]
+    for function, problem, coupling, seed in jobs:
+        name = f"{problem}, {coupling}, {args.num_steps} steps, seed {seed}"
+        if name in results:
+            continue
+        found = function(problem, coupling, args.num_steps, seed)
+        results[name] = {"problem": problem, "coupling": coupling, "seed": seed, **found}
+        results[name]["num_steps"] = args.num_steps
+        print(name, results[name], flush=True)
+        keep()
+
+
+def mean_of(runs: list[dict[str, Any]], key: str) -> str:
+    """Mean over seeds, with the standard error where there are several."""
+    values = [run[key] for run in runs]
+    mean = f"{statistics.mean(values):.3f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} +- {statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The tables, of all runs in the file."""
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for record in results.values():
+        key = record["problem"], record["coupling"], record["num_steps"]
+        groups.setdefault(key, []).append(record)
+    plane, images = [], []
+    for (problem, coupling, steps), runs in groups.items():
+        cells = [problem, coupling, str(steps), str(len(runs))]
+        if problem in PUBLISHED:
+            published = PUBLISHED[problem].get(coupling, "")
+            keys = ("path_energy", "few", "many", "floor", "straightness")
+            plane.append([*cells, *(mean_of(runs, k) for k in keys), str(published)])
+        else:
+            keys = ("elbo", "coupling", "reference", "path")
+            images.append([*cells, *(mean_of(runs, k) for k in keys)])
+    first = ["problem", "coupling", "steps", "seeds"]
+    columns = ["NPE", "W2 at 5", "W2", "W2 of data", "straightness", "published NPE"]
+    parts = ["bound", "KL of start", "reference", "path"]
+    return table([*first, *columns], plane) + "\n\n" + table([*first, *parts], images)
+
+
+def main() -> None:
+    """Run, write, print."""
+    args = parse()
+    torch.set_num_threads(1)
+    path = args.output / "rectified_flow.json"
+    content = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+
+    def keep() -> None:
+        content["facts"] = facts("torch", "pyro-ppl", "scipy")
+        write_json(path, content)
+
+    run(args, content["runs"], keep)
+    print(summary(content["runs"]))
+
+
+if __name__ == "__main__":
+    main()
