@@ -61,7 +61,7 @@ class ContinuousBernoulli(_PixelLaw):
         logits: l, any shape.
 
     References:
-        Loaiza-Ganem and Cunningham (2019), The continuous Bernoulli, arXiv:1907.06845, equation 8.
+        Loaiza-Ganem and Cunningham (2019), The continuous Bernoulli, arXiv:1907.06845.
 
     Example:
         >>> ContinuousBernoulli(torch.tensor(2.0)).log_prob(torch.tensor(1.0))
@@ -135,7 +135,7 @@ class DiscretisedLogistic(_PixelLaw):
 
     References:
         Kingma et al. (2016), Improving variational inference with inverse autoregressive flow,
-        arXiv:1606.04934, section 5.2; Salimans et al. (2017), PixelCNN++, arXiv:1701.05517,
+        arXiv:1606.04934; Salimans et al. (2017), PixelCNN++, arXiv:1701.05517,
         equation 2, for the open outer bins.
 
     Example:

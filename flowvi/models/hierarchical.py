@@ -107,7 +107,7 @@ class HierarchicalVAE(ImagePair):
     References:
         Rezende, Mohamed and Wierstra (2014), Stochastic backpropagation, arXiv:1401.4082; the
         baseline of Sonderby et al. (2016), Ladder variational autoencoders, arXiv:1602.02282,
-        equations 1 to 6.
+        section 2.
 
     Example:
         >>> import torch

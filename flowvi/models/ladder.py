@@ -28,8 +28,7 @@ def precision_weighted(first: Distribution, second: Distribution) -> Distributio
         second: likewise.
 
     References:
-        Sonderby et al. (2016), Ladder variational autoencoders, arXiv:1602.02282, equations 11
-        and 12.
+        Sonderby et al. (2016), Ladder variational autoencoders, arXiv:1602.02282, section 2.
 
     Example:
         >>> import torch

@@ -189,7 +189,7 @@ class DiscretisedLogisticLikelihood(_LevelLikelihood):
 
     References:
         Kingma et al. (2016), Improving variational inference with inverse autoregressive flow,
-        arXiv:1606.04934, section 5.2.
+        arXiv:1606.04934.
     """
 
     num_params = 2

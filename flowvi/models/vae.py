@@ -106,7 +106,7 @@ class VampPrior(nn.Module):
             of the training set, for instance.
 
     References:
-        Tomczak and Welling (2018), VAE with a VampPrior, arXiv:1705.07120, equation 9.
+        Tomczak and Welling (2018), VAE with a VampPrior, arXiv:1705.07120.
 
     Example:
         >>> from flowvi.models import DiagonalPosterior, MLPEncoder
