@@ -42,16 +42,7 @@ class VarianceTrained(LearnedMonotone):
         [-5.0, 5.0]
     """
 
-    def __init__(
-        self,
-        num_units: int = 32,
-        log_snr_min: float = -5.0,
-        log_snr_max: float = 13.3,
-        *,
-        learn_ends: bool = False,
-    ) -> None:
-        super().__init__(num_units, log_snr_min, log_snr_max, learn_ends=learn_ends)
-        self._losses: Tensor | None = None
+    _losses: Tensor | None = None
 
     def record(self, losses: Tensor) -> None:
         """Take the losses of a step, of the shape of its random times."""

@@ -1,6 +1,6 @@
 """Moving states along time: samplers of generative models, solvers of differential equations."""
 
-from flowvi.samplers.base import Sampler
+from flowvi.samplers.base import Sampler, Span
 from flowvi.samplers.ddim import DDIM, Ancestral
 from flowvi.samplers.exponential import DPMSolver, ExponentialIntegrator
 from flowvi.samplers.flow_ode import FlowField, ProbabilityFlow
@@ -52,6 +52,7 @@ __all__ = [
     "SDESolver",
     "SampledPath",
     "Sampler",
+    "Span",
     "StepTime",
     "StochasticHeun",
     "TorchSDE",

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flowvi.samplers.process import Ability, GenerativeProcess
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "Span"]
+
+
+class Span(NamedTuple):
+    """One step of a grid, and the noise that it may use.
+
+    Args:
+        start: time at which the states are, ``(*batch, 1)``.
+        end: later time at which they are wanted, like ``start``.
+        noise: ``(num_noises, *batch, dim)``; ``None`` where no noise is used.
+    """
+
+    start: Tensor
+    end: Tensor
+    noise: Tensor | None = None
 
 
 class Sampler(ABC):
@@ -55,22 +69,14 @@ class Sampler(ABC):
 
     @abstractmethod
     def step(
-        self,
-        process: GenerativeProcess,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: Tensor | None,
-        state: Any,
+        self, process: GenerativeProcess, x: Tensor, span: Span, state: Any
     ) -> tuple[Tensor, Any]:
-        """States at ``s`` from states at ``t``.
+        """States at the end of a step.
 
         Args:
             process: what is sampled from.
-            x: states ``(*batch, dim)``.
-            t: their times ``(*batch, 1)``.
-            s: later times, like ``t``.
-            noise: ``(num_noises, *batch, dim)``; ``None`` where no noise is used.
+            x: states at its start, ``(*batch, dim)``.
+            span: times and noise.
             state: what the last step left; ``None`` at the first.
         """
 
@@ -84,8 +90,8 @@ class Sampler(ABC):
         """States at all times ``(num_steps + 1, *batch, dim)``; ``report`` gets steps done."""
         states, state = [x], None
         for t, s in zip(times, times[1:], strict=False):
-            noise = self.draw(x)
-            x, state = self.step(process, x, spread(t, x), spread(s, x), noise, state)
+            span = Span(spread(t, x), spread(s, x), self.draw(x))
+            x, state = self.step(process, x, span, state)
             states.append(x)
             report(1)
         return torch.stack(states)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowvi.samplers.base import Sampler
+from flowvi.samplers.base import Sampler, Span
 from flowvi.samplers.process import Ability, GenerativeProcess
 
 __all__ = ["DDIM", "Ancestral"]
@@ -56,21 +56,15 @@ class DDIM(Sampler):
         return frozenset(needs)
 
     def step(
-        self,
-        process: GenerativeProcess,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: Tensor | None,
-        state: Any,
+        self, process: GenerativeProcess, x: Tensor, span: Span, state: Any
     ) -> tuple[Tensor, Any]:
-        data, n_hat = process.predict(x, t)
-        now, then = process.schedule(t), process.schedule(s)
-        if noise is None:
+        data, n_hat = process.predict(x, span.start)
+        now, then = process.schedule(span.start), process.schedule(span.end)
+        if span.noise is None:
             return then.alpha * data + then.sigma * n_hat, state
         # Share of the noise's variance that is drawn anew, 1 - SNR_t / SNR_s at eta = 1.
         fresh = self.eta**2 * -torch.expm1(now.log_snr - then.log_snr)
-        kept = torch.sqrt(1 - fresh) * n_hat + torch.sqrt(fresh) * noise[0]
+        kept = torch.sqrt(1 - fresh) * n_hat + torch.sqrt(fresh) * span.noise[0]
         return then.alpha * data + then.sigma * kept, state
 
 

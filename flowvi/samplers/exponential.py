@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowvi.paths import Prediction
-from flowvi.samplers.base import Sampler
+from flowvi.samplers.base import Sampler, Span
 from flowvi.samplers.process import Ability, GenerativeProcess
 
 __all__ = ["DPMSolver", "ExponentialIntegrator"]
@@ -66,17 +66,11 @@ class ExponentialIntegrator(Sampler):
         return frozenset({Ability.FLOW, Ability.SCHEDULE})
 
     def step(
-        self,
-        process: GenerativeProcess,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: Tensor | None,
-        state: tuple[Seen, ...] | None,
+        self, process: GenerativeProcess, x: Tensor, span: Span, state: tuple[Seen, ...] | None
     ) -> tuple[Tensor, tuple[Seen, ...]]:
-        now, then = process.schedule(t), process.schedule(s)
+        now, then = process.schedule(span.start), process.schedule(span.end)
         rate, later = now.log_snr / 2, then.log_snr / 2
-        seen = (Seen(rate, self._predict(process, x, t)), *(state or ()))
+        seen = (Seen(rate, self._predict(process, x, span.start)), *(state or ()))
         if self.prediction is Prediction.DATA:
             linear, factor, sign = then.sigma / now.sigma * x, then.alpha, 1.0
         else:
@@ -89,7 +83,7 @@ class ExponentialIntegrator(Sampler):
 
         end = moved(seen)
         if state is None and self.order == 3:
-            ahead = Seen(later, self._predict(process, end, s))
+            ahead = Seen(later, self._predict(process, end, span.end))
             end = moved((seen[0], ahead))
         return end, seen[: int(self.order) - 1]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowvi.nn import VectorField
-from flowvi.samplers.base import Sampler
+from flowvi.samplers.base import Sampler, Span
 from flowvi.samplers.process import Ability, GenerativeProcess
 from flowvi.transforms import RK4, Adaptive, ExactDivergence
 from flowvi.transforms._dynamics import FlowDynamics, Instant, Problem, State
@@ -90,27 +90,21 @@ class ProbabilityFlow(Sampler):
         return isinstance(self.method, Adaptive)
 
     def step(
-        self,
-        process: GenerativeProcess,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: Tensor | None,
-        state: Any,
+        self, process: GenerativeProcess, x: Tensor, span: Span, state: Any
     ) -> tuple[Tensor, Any]:
         if self.is_adaptive:
-            return self._solve(process, x, t, s), state
-        method, h = self.method, s - t
+            return self._solve(process, x, span), state
+        method, h = self.method, span.end - span.start
         rates: list[Tensor] = []
         for node, row in zip(method.nodes, method.rows, strict=True):
-            rates.append(process.velocity(_moved(x, h, row, rates), t + node * h))
+            rates.append(process.velocity(_moved(x, h, row, rates), span.start + node * h))
         return _moved(x, h, method.weights, rates), state
 
-    def _solve(self, process: GenerativeProcess, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def _solve(self, process: GenerativeProcess, x: Tensor, span: Span) -> Tensor:
         field = FlowField(process)
         problem = Problem(field, ExactDivergence(), None, None, process.name)
         length = process.high - process.low
-        ends = [float((u.flatten()[0] - process.low) / length) for u in (t, s)]
+        ends = [float((u.flatten()[0] - process.low) / length) for u in span[:2]]
         return self.method.solve(_Moving(problem), (x,), *ends).state[0]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowvi.samplers.base import Sampler
+from flowvi.samplers.base import Sampler, Span
 from flowvi.samplers.process import Ability, GenerativeProcess
 
 __all__ = ["AnnealedLangevin", "PredictorCorrector"]
@@ -56,28 +56,21 @@ class AnnealedLangevin(Sampler):
         return frozenset({Ability.SCORE, Ability.SCHEDULE})
 
     def step(
-        self,
-        process: GenerativeProcess,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: Tensor | None,
-        state: Any,
+        self, process: GenerativeProcess, x: Tensor, span: Span, state: Any
     ) -> tuple[Tensor, Any]:
-        return self.correct(process, x, s, noise, self.step_size), state
+        return self.correct(process, x, span, self.step_size), state
 
     def correct(
         self,
         process: GenerativeProcess,
         x: Tensor,
-        t: Tensor,
-        noise: Tensor,
+        span: Span,
         step_size: float | Tensor,
     ) -> Tensor:
-        """States after one Langevin step for each noise, at fixed times."""
-        size = step_size * process.schedule(t).sigma.square()
-        for z in noise:
-            x = x + size * process.score(x, t) + torch.sqrt(2 * size) * z
+        """States after one Langevin step for each noise, all at the end of the span."""
+        size = step_size * process.schedule(span.end).sigma.square()
+        for z in span.noise:
+            x = x + size * process.score(x, span.end) + torch.sqrt(2 * size) * z
         return x
 
 
@@ -130,15 +123,11 @@ class PredictorCorrector(AnnealedLangevin):
         return super().needs | self.predictor.needs
 
     def step(
-        self,
-        process: GenerativeProcess,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: Tensor | None,
-        state: Any,
+        self, process: GenerativeProcess, x: Tensor, span: Span, state: Any
     ) -> tuple[Tensor, Any]:
-        ahead, corrections = noise.split([self.predictor.num_noises, self.num_corrections])
-        x, _ = self.predictor.step(process, x, t, s, ahead if len(ahead) else None, None)
-        gained = (process.schedule(s).log_snr - process.schedule(t).log_snr) / 2
-        return self.correct(process, x, s, corrections, self.step_size * gained), state
+        ahead, corrections = span.noise.split([self.predictor.num_noises, self.num_corrections])
+        moving = span._replace(noise=ahead if len(ahead) else None)
+        x, _ = self.predictor.step(process, x, moving, None)
+        before, after = (process.schedule(t).log_snr for t in (span.start, span.end))
+        size = self.step_size * (after - before) / 2
+        return self.correct(process, x, span._replace(noise=corrections), size), state

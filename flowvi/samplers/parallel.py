@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowvi.samplers.base import Sampler
+from flowvi.samplers.base import Sampler, Span
 from flowvi.samplers.flow_ode import ProbabilityFlow
 from flowvi.samplers.process import Ability, GenerativeProcess
 
@@ -72,15 +72,9 @@ class Parallel(Sampler):
         self.sampler.check(process)
 
     def step(
-        self,
-        process: GenerativeProcess,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: Tensor | None,
-        state: Any,
+        self, process: GenerativeProcess, x: Tensor, span: Span, state: Any
     ) -> tuple[Tensor, Any]:
-        return self.sampler.step(process, x, t, s, noise, state)
+        return self.sampler.step(process, x, span, state)
 
     def run(
         self,
@@ -98,15 +92,14 @@ class Parallel(Sampler):
             noises.extend(self.draw(x) for _ in range(last - len(noises)))
             drawn = torch.stack(noises[first:last], 1) if self.num_noises else None
             here = states[first:last]
-            there, _ = self.step(
-                process, here, t[first:last], t[first + 1 : last + 1], drawn, None
-            )
+            span = Span(t[first:last], t[first + 1 : last + 1], drawn)
+            there, _ = self.step(process, here, span, None)
             moved = states[first] + (there - here).cumsum(0)
             change = (moved - states[first + 1 : last + 1]).square().mean(-1).sqrt()
             states[first + 1 : last + 1] = moved
             states[last + 1 :] = moved[-1]
             # The first step starts from a state that is done, so it is done itself.
-            settled = change.flatten(1).amax(1) <= self.tolerance
+            settled = change.reshape(len(change), -1).amax(1) <= self.tolerance
             settled[0] = True
             done = int(settled.long().cumprod(0).sum())
             first += done

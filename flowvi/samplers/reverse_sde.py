@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from flowvi.paths import SDE, TimeDiffusion
-from flowvi.samplers.base import Sampler
+from flowvi.samplers.base import Sampler, Span
 from flowvi.samplers.process import Ability, GenerativeProcess
 from flowvi.samplers.solvers import EulerMaruyama, SDESolver, StepTime, StochasticHeun
 
@@ -75,18 +75,12 @@ class ReverseSDE(Sampler):
             )
 
     def step(
-        self,
-        process: GenerativeProcess,
-        x: Tensor,
-        t: Tensor,
-        s: Tensor,
-        noise: Tensor | None,
-        state: Any,
+        self, process: GenerativeProcess, x: Tensor, span: Span, state: Any
     ) -> tuple[Tensor, Any]:
         sde = SDE(lambda x, t: process.drift(x, t, self.level), process.diffusion)
         root = self.level**0.5
-        start, end = (StepTime(u, sde.embed_diffusion(u)) for u in (t, s))
-        dt = s - t
-        dw = root * dt.sqrt() * noise[0]
+        start, end = (StepTime(t, sde.embed_diffusion(t)) for t in (span.start, span.end))
+        dt = span.end - span.start
+        dw = root * dt.sqrt() * span.noise[0]
         moved, *_ = self.solver.step(sde, x, start, end, dt, dw, self.solver.init(sde, x))
         return moved, state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro.distributions import Distribution
@@ -115,14 +116,7 @@ def sample_path(
 
 
 def sample(
-    source: object,
-    sampler: Sampler,
-    shape: Sequence[int],
-    num_steps: int = 50,
-    *,
-    start: Tensor | Distribution | None = None,
-    grid: Grid = uniform_times,
-    progress_bar: bool = False,
+    source: object, sampler: Sampler, shape: Sequence[int], num_steps: int = 50, **options: Any
 ) -> Tensor:
     """States at the data end, ``(*shape, dim)``; arguments are those of :func:`sample_path`.
 
@@ -133,6 +127,4 @@ def sample(
         >>> sample(ou, ReverseSDE(), (7,), 10).shape
         torch.Size([7, 2])
     """
-    return sample_path(
-        source, sampler, shape, num_steps, start=start, grid=grid, progress_bar=progress_bar
-    ).end
+    return sample_path(source, sampler, shape, num_steps, **options).end

@@ -7,7 +7,7 @@ from pyro.distributions import MultivariateNormal
 from torch import Tensor
 
 from flowvi.paths import Prediction, Schedule, ScheduleDiffusion, convert
-from flowvi.samplers import Ability, PredictionProcess, Sampler
+from flowvi.samplers import Ability, PredictionProcess, Sampler, Span
 from flowvi.samplers.base import spread
 
 __all__ = ["COVARIANCE", "MEAN", "denoiser", "marginal", "moments", "process"]
@@ -83,7 +83,7 @@ def moments(sampler: Sampler, source: PredictionProcess, times: Tensor) -> tuple
     for t, s in zip(times, times[1:], strict=False):
 
         def step(x, noise, t=t, s=s):
-            return sampler.step(source, x, spread(t, x), spread(s, x), noise, None)[0]
+            return sampler.step(source, x, Span(spread(t, x), spread(s, x), noise), None)[0]
 
         shift, matrix = affine(lambda x: step(x, x.new_zeros(number, *x.shape)))
         mean, covariance = shift + matrix @ mean, matrix @ covariance @ matrix.T

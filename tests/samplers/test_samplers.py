@@ -36,6 +36,7 @@ from flowvi.samplers import (
     PredictorCorrector,
     ProbabilityFlow,
     ReverseSDE,
+    Span,
     StochasticHeun,
     log_snr_times,
     sample,
@@ -171,10 +172,10 @@ def test_ancestral_steps_are_draws_from_the_posterior():
     cov, var_t, var_s = ratio * then.sigma**2, now.sigma**2, then.sigma**2
     mean = then.alpha * data + cov / var_t * (x - now.alpha * data)
     sd = (var_s - cov**2 / var_t).sqrt()
-    args = (source, x, t.expand(1, 1), s.expand(1, 1))
-    got, _ = Ancestral().step(*args, torch.zeros(1, 1, 2), None)
+    span = Span(t.expand(1, 1), s.expand(1, 1), torch.zeros(1, 1, 2))
+    got, _ = Ancestral().step(source, x, span, None)
     torch.testing.assert_close(got, mean)
-    moved, _ = Ancestral().step(*args, torch.ones(1, 1, 2), None)
+    moved, _ = Ancestral().step(source, x, span._replace(noise=torch.ones(1, 1, 2)), None)
     torch.testing.assert_close(moved - got, sd.expand(1, 2))
 
 
@@ -184,8 +185,12 @@ def test_noise_of_ddim_is_that_of_the_literature(eta):
     t, s = torch.tensor([[0.3]]), torch.tensor([[0.5]])
     bar, bar_before = SCHEDULE(t).alpha ** 2, SCHEDULE(s).alpha ** 2
     sd = eta * ((1 - bar_before) / (1 - bar) * (1 - bar / bar_before)).sqrt()
-    args = (process(SCHEDULE), torch.zeros(1, 2), t, s)
-    still, kick = (DDIM(eta).step(*args, torch.full((1, 1, 2), z), None)[0] for z in (0.0, 1.0))
+    still, kick = (
+        DDIM(eta).step(
+            process(SCHEDULE), torch.zeros(1, 2), Span(t, s, torch.full((1, 1, 2), z)), None
+        )[0]
+        for z in (0.0, 1.0)
+    )
     torch.testing.assert_close(kick - still, sd.expand(1, 2))
 
 
@@ -216,6 +221,12 @@ def test_parallel_equals_sequential_in_fewer_calls(sampler):
     one, other = found
     torch.testing.assert_close(other.states, one.states, rtol=0.0, atol=1e-5)
     assert other.num_calls < one.num_calls / 2
+
+
+@pytest.mark.parametrize("sampler", [DDIM(0.5), Parallel(DDIM(0.5), 4), DPMSolver(2)])
+def test_one_draw_and_several_dims(sampler):
+    assert sample(process(SCHEDULE), sampler, (), 5).shape == (2,)
+    assert sample(process(SCHEDULE), sampler, (2, 3), 5).shape == (2, 3, 2)
 
 
 def test_small_windows_of_parallel_sampling():
