@@ -7,13 +7,14 @@
 Quality: scikit-learn's 8 x 8 digits with 17 grey levels, 1400 for training and 297 for testing.
 VDM and DiffEnc have about as many parameters in all (DiffEnc's encoder counts), the same batches,
 steps, learning rates, v-prediction and log signal-to-noise ratios from -5 to 9, and are evaluated
-with a moving average of their weights at 200 random times per image. Finished runs are read
+with a moving average of their weights at 100 random times per image. Finished runs are read
 back from the results file, so the benchmark can be stopped and taken up again.
 
 Speed: loss, gradient and Adam of one step, float32, one thread, the same network and batch. "bare"
 is the loss written by hand with ``torch.optim.Adam``; "svi" is stock ``SVI`` with Pyro's Adam;
-"flowvi" is ``FlowSVI``, the step of ``fit``. Times are medians of process CPU time over rounds in
-which all take turns.
+"flowvi" is ``FlowSVI``, the step of ``fit``; "compiled" is ``CompiledSVI`` (with ``--compiled``,
+which takes minutes at the first run, and not for the U-Net). Times are medians of process CPU time
+over rounds in which all take turns.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
-from flowvi.infer import Average, FlowSVI, GlobalOptim
+from flowvi.infer import Average, CompiledSVI, FlowSVI, GlobalOptim
 from flowvi.models import VDM, DiffEnc, DiffusionModel, LearnedEncoder, LevelEnd, RealEnd
 from flowvi.nn import FourierFeatures, MLPDenoiser, ResidualDenoiser, UNet
 from flowvi.objectives import ELBO
@@ -71,29 +72,29 @@ def quality(name: str, seed: int, num_steps: int) -> dict[str, float]:
     size = sum(p.numel() for p in model.parameters())
     batches = torch.Generator().manual_seed(seed)
     objective = ELBO(max_plate_nesting=1)
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    average = Average(0.995)
+    average = Average(0.99)
     with pyro.validation_enabled(False):
         for _ in range(num_steps):
             optimizer.zero_grad()
-            x = train[torch.randint(len(train), (128,), generator=batches)]
-            objective.differentiable_loss(model.model, model.guide, x).div(128).backward()
+            x = train[torch.randint(len(train), (64,), generator=batches)]
+            objective.differentiable_loss(model.model, model.guide, x).div(64).backward()
             optimizer.step()
             decay.step()
             average.update(model.named_parameters())
     model.eval()
     with torch.no_grad(), average.swapped(model.named_parameters()):
         pyro.set_rng_seed(10_000)
-        found = model.terms(test, num_times=200).bits_per_dim()
-        on_train = model.terms(train, num_times=50).bits_per_dim()["total"]
+        found = model.terms(test, num_times=100).bits_per_dim()
+        on_train = model.terms(train, num_times=10).bits_per_dim()["total"]
     result = {name: round(float(value), 5) for name, value in found.items()}
     return {**result, "train total": round(float(on_train), 5), "parameters": size}
 
 
 def compare(seeds: range, num_steps: int, known: dict) -> dict:
     """All runs, old and new, with means and standard errors over seeds."""
-    settings = {"num_steps": num_steps, "batch_size": 128, "lr": 2e-3}
+    settings = {"num_steps": num_steps, "batch_size": 64, "lr": 3e-3}
     runs = dict(known.get("runs", {})) if known.get("settings") == settings else {}
     for seed in seeds:
         for name in ("VDM", "DiffEnc"):
@@ -121,19 +122,22 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
-def steps(network: Callable[[], nn.Module], end: RealEnd, batch: int) -> dict[str, Callable]:
+def steps(
+    network: Callable[[], nn.Module], end: RealEnd, batch: int, *, compiled: bool
+) -> dict[str, Callable]:
     """One training step of each kind, on the same data."""
     x = torch.randn(batch, *end.event_shape)
     cases: dict[str, Callable] = {"bare": bare_step(network(), x.flatten(1))}
-    with pyro.validation_enabled(False):
-        for name in ("svi", "flowvi"):
-            model = VDM(end, network(), LinearLogSNR(-5.0, 9.0))
-            if name == "svi":
-                svi = SVI(model.model, model.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
-            else:
-                optim = GlobalOptim(1e-3)
-                svi = FlowSVI(model.model, model.guide, optim, ELBO(max_plate_nesting=1))
-            cases[name] = without_validation(svi, x)
+    kinds = ("svi", "flowvi", "compiled") if compiled else ("svi", "flowvi")
+    for name in kinds:
+        model = VDM(end, network(), LinearLogSNR(-5.0, 9.0))
+        pair, objective = (model.model, model.guide), ELBO(max_plate_nesting=1)
+        if name == "svi":
+            svi = SVI(*pair, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
+        else:
+            kind = FlowSVI if name == "flowvi" else CompiledSVI
+            svi = kind(*pair, GlobalOptim(1e-3), objective)
+        cases[name] = without_validation(svi, x)
     return cases
 
 
@@ -175,7 +179,7 @@ def bare_step(network: nn.Module, y: Tensor) -> Callable[[], float]:
     return step
 
 
-def speed(repeats: int) -> dict:
+def speed(repeats: int, *, compiled: bool) -> dict:
     """Ratios to the bare step for three networks."""
     networks = {
         "MLP 2-128-128-2, batch 512": (lambda: MLPDenoiser(2, (128, 128)), (2,), 512),
@@ -186,12 +190,15 @@ def speed(repeats: int) -> dict:
     for label, (network, shape, batch) in networks.items():
         pyro.clear_param_store()
         torch.manual_seed(0)
-        timings = interleave(steps(network, RealEnd(shape), batch), repeats, slow=60.0)
+        cases = steps(network, RealEnd(shape), batch, compiled=compiled and len(shape) == 1)
+        timings = interleave(cases, repeats, slow=1e4)
         bare = timings["bare"].median
         record[label] = {name: timing.record() for name, timing in timings.items()}
-        ratios = [f"{timings[name].median / bare:.3f}" for name in ("svi", "flowvi")]
+        kinds = ("svi", "flowvi", "compiled")
+        medians = [timings[name].median if name in timings else None for name in kinds]
+        ratios = ["-" if m is None else f"{m / bare:.3f}" for m in medians]
         rows.append([label, f"{1e3 * bare:.2f} ms", *ratios])
-    print(table(["network", "bare torch", "svi / bare", "flowvi / bare"], rows))
+    print(table(["network", "bare torch", *(f"{kind} / bare" for kind in kinds)], rows))
     return record
 
 
@@ -200,8 +207,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few steps and repeats")
     parser.add_argument("--only", choices=["quality", "speed"], help="one of the two parts")
+    parser.add_argument("--compiled", action="store_true", help="time the compiled step as well")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--num-steps", type=int, default=2000)
+    parser.add_argument("--num-steps", type=int, default=600)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     steady_allocator()
@@ -213,7 +221,7 @@ def main() -> None:
             content["quality"] = compare(range(seeds), num_steps, content.get("quality", {}))
             write_json(args.output, {**content, "facts": facts("torch", "pyro-ppl")})
     if args.only != "quality":
-        content["speed"] = speed(5 if args.quick else 60)
+        content["speed"] = speed(5 if args.quick else 40, compiled=args.compiled)
     write_json(args.output, {**content, "facts": facts("torch", "pyro-ppl")})
 
 
