@@ -77,7 +77,7 @@ class LevelEnd(CategoricalLikelihood, DataEnd):
 
     References:
         Kingma, Salimans, Poole and Ho (2021), Variational diffusion models, arXiv:2107.00630,
-        equation 8 and appendix E.
+        for the decoder of the last state.
 
     Example:
         >>> end = LevelEnd((1, 2, 2), num_levels=3)

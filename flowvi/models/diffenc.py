@@ -46,9 +46,9 @@ class LearnedEncoder(_Encoder):
         high: time of the data end.
 
     References:
-        Nielsen, Christensen, Dittadi and Winther (2024), DiffEnc, arXiv:2310.19789, equation 19
-        (time mirrored), which is this with the network plus y in place of the network, and
-        without the second variance.
+        Nielsen, Christensen, Dittadi and Winther (2024), DiffEnc, arXiv:2310.19789, section 4
+        (time mirrored); the trainable encoder there is this with the network plus y in place of
+        the network, and without the second variance.
 
     Example:
         >>> from flowvi.nn import MLPDenoiser
@@ -78,8 +78,8 @@ class FadingEncoder(_Encoder):
         high: time of the data end.
 
     References:
-        Nielsen, Christensen, Dittadi and Winther (2024), DiffEnc, arXiv:2310.19789, equation 18
-        (time mirrored), which is this without the second variance.
+        Nielsen, Christensen, Dittadi and Winther (2024), DiffEnc, arXiv:2310.19789, section 4
+        (time mirrored); the non-trainable encoder there is this without the second variance.
 
     Example:
         >>> from flowvi.paths import LinearLogSNR
@@ -117,8 +117,8 @@ class DiffEnc(VDM):
         ValueError: as for :class:`VDM`, and if the encoder is not the identity at the data end.
 
     References:
-        Nielsen, Christensen, Dittadi and Winther (2024), DiffEnc, arXiv:2310.19789, equations 6,
-        16 and 17 (time mirrored).
+        Nielsen, Christensen, Dittadi and Winther (2024), DiffEnc, arXiv:2310.19789, sections
+        3 and 4 (time mirrored).
 
     Example:
         >>> from flowvi.models import RealEnd

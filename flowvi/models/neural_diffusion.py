@@ -42,7 +42,7 @@ class NeuralFlowDiffusion(DiffusionModel):
 
     References:
         Bartosh, Vetrov and Naesseth (2024), Neural flow diffusion models, arXiv:2404.12940,
-        equations 9 to 14 (time mirrored).
+        section 3 (time mirrored).
 
     Example:
         >>> import torch

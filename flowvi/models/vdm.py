@@ -84,7 +84,7 @@ class VDM(DiffusionModel):
 
     References:
         Kingma, Salimans, Poole and Ho (2021), Variational diffusion models, arXiv:2107.00630,
-        equations 11 to 17 (time mirrored).
+        sections 3 and 4 (time mirrored).
 
     Example:
         >>> from flowvi.models import RealEnd

@@ -71,8 +71,8 @@ class ChainPath(DiffusionPath):
 
     References:
         Kingma, Salimans, Poole and Ho (2021), Variational diffusion models, arXiv:2107.00630,
-        equations 11 to 13 and appendix A; Nielsen, Christensen, Dittadi and Winther (2024),
-        DiffEnc, arXiv:2310.19789, section 4, for the encoded layers (times mirrored in both).
+        section 4.1 and appendix A; Nielsen, Christensen, Dittadi and Winther (2024),
+        DiffEnc, arXiv:2310.19789, section 3, for the encoded layers (times mirrored in both).
 
     Example:
         >>> from flowvi.paths import LinearLogSNR

@@ -33,7 +33,7 @@ class VarianceTrained(LearnedMonotone):
 
     References:
         Kingma, Salimans, Poole and Ho (2021), Variational diffusion models, arXiv:2107.00630,
-        appendix I.2 (time mirrored).
+        appendix I (time mirrored).
 
     Example:
         >>> schedule = VarianceTrained(8, -5.0, 5.0)

@@ -44,7 +44,7 @@ class ExponentialIntegrator(Sampler):
 
     References:
         Zhang and Chen (2023), Fast sampling of diffusion models with exponential integrator,
-        arXiv:2204.13902, equation 15; Lu et al. (2022), DPM-Solver, arXiv:2206.00927,
+        arXiv:2204.13902, section 3; Lu et al. (2022), DPM-Solver, arXiv:2206.00927,
         proposition 3.1 (times mirrored).
 
     Example:
