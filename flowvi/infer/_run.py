@@ -21,6 +21,7 @@ from flowvi.infer.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
+from flowvi.infer.compiled import CompiledSVI
 from flowvi.infer.guard import find_non_finite
 from flowvi.infer.svi import FlowSVI, buffers
 
@@ -58,7 +59,7 @@ class Run:
 
     def __init__(
         self,
-        svi: FlowSVI,
+        svi: FlowSVI | CompiledSVI,
         average: Average,
         plateau: Plateau | None,
         options: RunOptions,

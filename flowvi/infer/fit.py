@@ -25,6 +25,7 @@ from flowvi.infer._setup import (
 )
 from flowvi.infer.averaging import Average, copy_into
 from flowvi.infer.checkpoint import get_rng_state, set_rng_state
+from flowvi.infer.compiled import Backend, CompiledSVI
 from flowvi.infer.distributed import DistributedSVI, Spread
 from flowvi.infer.optim import GlobalOptim, Schedule
 from flowvi.infer.result import Fit
@@ -57,6 +58,7 @@ def fit(
     callback: Callable[[int, Tensor], object] | None = None,
     progress_bar: bool = True,
     spread: Spread | None = None,
+    compile: bool | Backend = False,
     **kwargs: object,
 ) -> Fit:
     r"""Train ``guide`` on ``model`` with :class:`pyro.infer.SVI` and defaults that are robust.
@@ -101,6 +103,9 @@ def fit(
         progress_bar: show a bar with the smoothed ELBO and its standard error.
         spread: what the processes of a program started with ``torchrun`` share out, see
             :class:`DistributedSVI`; the first one alone writes the checkpoint.
+        compile: take steps as one compiled graph (:class:`flowvi.infer.CompiledSVI`), or eager
+            ones where that cannot be, which ``Fit.notes`` says with the reason; or what is to
+            run the graph. A first compilation takes tens of seconds.
         **kwargs: keyword data for model and guide.
 
     Returns:
@@ -134,6 +139,8 @@ def fit(
         raise ValueError(
             f"`max_seconds` must be None with `spread`, since clocks differ; got {max_seconds}."
         )
+    if spread is not None and compile is not False:
+        raise ValueError(f"`compile` must be False with `spread`; got {compile!r}.")
     check_arguments(model, guide, args, kwargs)
     store: dict = {"params": {}, "constraints": {}}
     with _seeded(seed), pyro.get_param_store().scope(store):
@@ -152,7 +159,7 @@ def fit(
             )
         optim = GlobalOptim(lr, clip_norm=clip_norm, schedule=Schedule(num_steps))
         run = Run(
-            _svi(model, guide, optim, objective, spread),
+            _svi(model, guide, optim, objective, spread, compile),
             Average(average),
             None if tolerance is None else Plateau(max(num_steps // 33, 30), tolerance),
             RunOptions(
@@ -173,10 +180,14 @@ def _svi(
     optim: GlobalOptim,
     objective: Objective,
     spread: Spread | None,
-) -> FlowSVI:
-    if spread is None:
+    compile: bool | Backend,
+) -> FlowSVI | CompiledSVI:
+    if spread is not None:
+        return DistributedSVI(model, guide, optim, objective, spread=spread)
+    if compile is False:
         return FlowSVI(model, guide, optim, objective)
-    return DistributedSVI(model, guide, optim, objective, spread=spread)
+    backend = None if compile is True else compile
+    return CompiledSVI(model, guide, optim, objective, backend=backend, fallback=True)
 
 
 def _finish(run: Run, find: Callable, notes: list[str], store: dict) -> Fit:
@@ -209,7 +220,7 @@ def _finish(run: Run, find: Callable, notes: list[str], store: dict) -> Fit:
         stop_reason=run.stop_reason,
         averaged=averaged,
         start=found,
-        notes=tuple(notes),
+        notes=(*notes, *svi.notes),
         store=store,
     )
 

@@ -16,7 +16,20 @@ from flowvi.objectives import Objective
 __all__ = ["FlowSVI"]
 
 
-class FlowSVI(pyro.infer.SVI):
+class SingleProcess:
+    """What ``fit`` asks about the processes that take its steps."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return True
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What ``make()`` gives in the first process."""
+        return make()
+
+
+class FlowSVI(SingleProcess, pyro.infer.SVI):
     """``pyro.infer.SVI`` whose step can stay on the device.
 
     Trained are all unconstrained parameters in the parameter store and those of a model or guide
@@ -41,6 +54,8 @@ class FlowSVI(pyro.infer.SVI):
             )
         super().__init__(model, guide, optim, objective)
         self.objective = objective
+        # What a user should know about how the steps were taken.
+        self.notes: list[str] = []
         self._admitted = -1
 
     def step_async(self, *args: object, **kwargs: object) -> Tensor:
@@ -59,15 +74,6 @@ class FlowSVI(pyro.infer.SVI):
     def step(self, *args: object, **kwargs: object) -> float:
         """One step; gives the loss (nats) as a float."""
         return self.step_async(*args, **kwargs).item()
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes files and shows progress."""
-        return True
-
-    def from_first(self, make: Callable[[], Any]) -> Any:
-        """What ``make()`` gives in the first process."""
-        return make()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Unconstrained trainable parameters in a fixed order, each once."""

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["NotCompilable", "Watch", "check_graph", "same_python_randomness"]
+__all__ = ["NotCompilable", "Watch", "check_graph", "memory_of", "same_python_randomness"]
 
 _READS = {
     Tensor.numpy: "numpy()",
@@ -84,7 +84,7 @@ class Watch(TorchFunctionMode):
 
     def _remember(self, tensor: Tensor) -> None:
         """Keep a copy of a tensor from outside that is about to be changed in place."""
-        if id(tensor) not in self._before and _memory(tensor) not in self._made:
+        if id(tensor) not in self._before and memory_of(tensor) not in self._made:
             self._before[id(tensor)] = (tensor, tensor.detach().clone())
 
     @torch.no_grad()
@@ -117,14 +117,15 @@ class _Dispatch(TorchDispatchMode):
                 if argument.is_write and isinstance(value, Tensor):
                     self._watch._remember(value)
         result = func(*args, **kwargs)
-        old = {_memory(tensor) for tensor in given}
-        new = {_memory(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)}
+        old = {memory_of(tensor) for tensor in given}
+        new = {memory_of(t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)}
         self._watch._made |= new - old
         return result
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def memory_of(tensor: Tensor) -> int:
+    """Number of the storage behind a tensor, on any device."""
+    return tensor.untyped_storage()._cdata
 
 
 def check_graph(graph: fx.GraphModule) -> None:

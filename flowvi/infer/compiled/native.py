@@ -103,13 +103,13 @@ class _Compiled(Loop):
         self._free = support.flowvi_free
         self._free.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._inputs: list[Tensor] = []
+        self._pointers: list[int] = []
         self._handles = self._scratch = None
 
     def run(self, inputs: Sequence[Tensor], num_steps: int) -> None:
-        known = self._inputs
-        if len(known) != len(inputs) or any(map(_is_not, known, inputs)):
+        if [tensor.data_ptr() for tensor in inputs] != self._pointers:
             self._take(inputs)
-        number = len(self._inputs)
+        number = len(inputs)
         args = (self._step, self._container, self._handles, number, self._scratch, num_steps)
         error = self._run(*args)
         if error:
@@ -117,9 +117,10 @@ class _Compiled(Loop):
 
     def _take(self, inputs: Sequence[Tensor]) -> None:
         self.close()
-        self._inputs = list(inputs)
-        plain = [tensor.detach() for tensor in inputs]
-        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(plain)
+        # Kept, so that nothing else comes to lie where they are.
+        self._inputs = [tensor.detach() for tensor in inputs]
+        self._pointers = [tensor.data_ptr() for tensor in inputs]
+        capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(self._inputs)
         array = ctypes.c_void_p * len(capsules)
         self._handles = array(*map(_address, capsules))
         self._scratch = array()
@@ -148,10 +149,6 @@ class _Proxied(Loop):
         inputs = [tensor.detach() for tensor in inputs]
         for _ in range(num_steps):
             self._runner.run(inputs)
-
-
-def _is_not(a: object, b: object) -> bool:
-    return a is not b
 
 
 def _address(capsule: object) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, fx
@@ -73,13 +73,17 @@ class Draw:
             return (self.size, self.shape, self.dtype, str(self.device))
         return (str(self.fill), self.args, self.kwargs, self.dtype, str(self.device))
 
-    def into(self, out: Tensor) -> None:
-        """Draw once, as the program itself would, into a contiguous tensor of this shape."""
+    def filling(self, out: Tensor) -> Callable[[], object]:
+        """Function that draws once, as the program itself would, into a contiguous tensor."""
         if self.fill is None:
-            order = torch.randperm(self.size, dtype=self.dtype, device=self.device)
-            out.copy_(order[: self.shape[0]])
-        else:
-            self.fill(out, *self.args, **dict(self.kwargs))
+            return lambda: out.copy_(self._permutation())
+        # The tensor's own method, which is quicker to call than the operation.
+        method = getattr(out, self.fill.overloadpacket.__name__)
+        return partial(method, *self.args, **dict(self.kwargs))
+
+    def _permutation(self) -> Tensor:
+        order = torch.randperm(self.size, dtype=self.dtype, device=self.device)
+        return order[: self.shape[0]]
 
 
 class NoiseTable:
@@ -111,23 +115,21 @@ class NoiseTable:
             for row in self._kinds
         ]
         self._first = [
-            (draw, self.tables[i][0, at : at + draw.numel].view(draw.shape))
+            draw.filling(self.tables[i][0, at : at + draw.numel].view(draw.shape))
             for draw, (i, at) in zip(self.draws, self.places, strict=True)
         ]
 
     def draw_one(self) -> None:
         """Fill the first row, in the order in which the program draws."""
-        for draw, place in self._first:
-            draw.into(place)
+        for fill in self._first:
+            fill()
 
     def draw_many(self, num_steps: int) -> None:
         """Fill rows at once: another stream of random numbers than step after step."""
         for row, table in zip(self._kinds, self.tables, strict=True):
-            if row[0].fill is None:
-                for i in range(num_steps):
-                    row[0].into(table[i])
-            else:
-                row[0].into(table[:num_steps])
+            places = table[:num_steps]
+            for place in places if row[0].fill is None else (places,):
+                row[0].filling(place)()
 
     def rows(self, tables: Sequence[Tensor], row: Tensor) -> list[Tensor]:
         """The draws of the step that ``row``, ``(1,)``, counts; for use in a graph."""

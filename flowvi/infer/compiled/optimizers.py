@@ -29,15 +29,12 @@ class OptimizerState(ABC):
     """
 
     update: Update
+    # Whether the optimiser itself is called after every step.
+    steps_in_python = False
 
     def __init__(self, optim: pyro.optim.PyroOptim, named: Sequence[tuple[str, Tensor]]) -> None:
         self.optim = optim
         self.params = [param for _, param in named]
-
-    @property
-    def steps_in_python(self) -> bool:
-        """Whether the optimiser itself is called after every step."""
-        return False
 
     @torch.no_grad()
     def bind(self, buffers: Buffers) -> None:
@@ -61,8 +58,10 @@ class OptimizerState(ABC):
 
     def is_bound(self, buffers: Buffers) -> bool:
         """Whether parameters and state are still views of the buffers."""
-        pairs = zip(self.params, buffers.views, strict=True)
-        return all(p.data_ptr() == v and p.requires_grad for p, v in pairs)
+        for param, place in zip(self.params, buffers.views, strict=True):
+            if param.data_ptr() != place or not param.requires_grad:
+                return False
+        return True
 
     @abstractmethod
     def rates(self, num_steps: int) -> list[float]:
@@ -145,12 +144,11 @@ class _PerParameter(OptimizerState):
         rates = {self._group(p).get("lr") for p in self.params}
         fused = len(updates) == 1 and len(rates) == 1
         self.update = (updates.pop() if fused else None) or Gradients()
+        self.steps_in_python = isinstance(self.update, Gradients)
+        # Where the optimisers keep views of the buffers.
+        self._places: list[tuple[dict, str, Tensor]] = []
         # Of ClippedAdam, which counts its steps in Python.
         self._steps = 0
-
-    @property
-    def steps_in_python(self) -> bool:
-        return isinstance(self.update, Gradients)
 
     def _admit(self) -> None:
         """What PyroOptim does when it first meets a parameter."""
@@ -182,29 +180,30 @@ class _PerParameter(OptimizerState):
             old = state.get(key)
             view.zero_() if old is None else view.copy_(old)
             state[key] = view
+            self._places.append((state, key, view))
         if isinstance(self.update, Adam):
             state["step"] = count
         elif isinstance(self.update, ClippedAdam):
             state["step"] = self._steps = int(count)
 
+    def bind(self, buffers: Buffers) -> None:
+        self._places = []
+        super().bind(buffers)
+
     def _bind_counters(self, counters: Tensor) -> None:
         counters.zero_()
 
     def is_bound(self, buffers: Buffers) -> bool:
-        objects = self.optim.optim_objs
         if self.optim._state_waiting_to_be_consumed or not super().is_bound(buffers):
             return False
-        if self.steps_in_python or not buffers.moments:
-            return True
-        if isinstance(self.update, ClippedAdam):
-            if any(objects[p].state[p].get("step") != self._steps for p in self.params):
+        for state, key, view in self._places:
+            if state.get(key) is not view:
                 return False
-        key = "momentum_buffer" if isinstance(self.update, SGD) else "exp_avg"
-        if isinstance(self.update, SGD) and not self.update.momentum:
-            return True
-        views = buffers.layout.split(buffers.moments[0])
-        pairs = zip(self.params, views, strict=True)
-        return all(objects[p].state[p][key].data_ptr() == v.data_ptr() for p, v in pairs)
+        return not isinstance(self.update, ClippedAdam) or self._count_agrees()
+
+    def _count_agrees(self) -> bool:
+        objects = self.optim.optim_objs
+        return all(objects[p].state[p].get("step") == self._steps for p in self.params)
 
     def rates(self, num_steps: int) -> list[float]:
         group = self._group(self.params[0])

@@ -45,18 +45,23 @@ class CompiledProgram:
         step: StepGraph = build_step(traced, state.update, buffers, data, num_rows)
         self.noise = NoiseTable(step.draws, num_rows)
         self.num_rows = num_rows
+        self.num_operations = sum(n.op == "call_function" for n in step.graph.graph.nodes)
         self.loop: Loop = backend.prepare(step)
         self._row = buffers.counters[:1]
-        self._first_rate = buffers.rates[:1]
         self._fixed = [*buffers.tensors, *self.noise.tables, *traced.live]
-        self._rate: float | None = None
+        self.last_loss = buffers.values[0, 0]
+
+    def rebind(self) -> None:
+        """Move parameters and the optimiser's state back into the buffers."""
+        self.state.bind(self.buffers)
+        self.buffers.known_rates = []
 
     @property
     def is_current(self) -> bool:
         """Whether parameters, optimiser and what was read are as they were."""
-        return self.state.is_bound(self.buffers) and not self.traced.stale
+        traced = self.traced
+        return self.state.is_bound(self.buffers) and not (traced.read and traced.stale)
 
-    @torch.no_grad()
     def take(self, data: Sequence[Tensor], num_steps: int) -> Tensor:
         """Take steps; gives loss and reports of each, in a buffer that the next call reuses.
 
@@ -80,10 +85,11 @@ class CompiledProgram:
         self._row.zero_()
         if num_steps == 1:
             self.noise.draw_one()
-            self._first_rate.fill_(rates[0])
         else:
             self.noise.draw_many(num_steps)
+        if rates != self.buffers.known_rates[:num_steps]:
             self.buffers.rates[:num_steps] = torch.tensor(rates, dtype=torch.float64)
+            self.buffers.known_rates = rates
         self.loop.run([*self._fixed, *data], num_steps)
         return self.buffers.values[:num_steps]
 
@@ -175,8 +181,7 @@ def check_steps(
                 back()
                 _load(inside, before)
                 torch.manual_seed(trial)
-                with torch.no_grad():
-                    compiled.evaluate(program.tensors(), 1)
+                compiled.evaluate(program.tensors(), 1)
                 _compare_states(compiled, before, after, _copies(inside))
                 _load(inside, after)
         finally:

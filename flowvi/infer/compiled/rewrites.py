@@ -109,6 +109,7 @@ def _is_foldable(node: fx.Node, changed: set[fx.Node]) -> bool:
         return False
     value, tags = node.meta.get("val"), node.target.tags
     known = isinstance(value, Tensor) and value.numel() <= _LARGEST_CONSTANT
+    known = known and value.device.type != "meta"
     return known and node not in changed and torch.Tag.nondeterministic_seeded not in tags
 
 

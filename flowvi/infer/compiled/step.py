@@ -60,6 +60,8 @@ class Buffers:
         # Row of the tables, skipped steps, whether the last one was skipped.
         self.counters = like.new_zeros(3, dtype=torch.int64)
         self.rates = like.new_zeros(num_rows, dtype=torch.float64)
+        # What is in `rates` from the left, as far as it is known.
+        self.known_rates: list[float] = []
         self.values = like.new_zeros(num_rows, 1 + num_reports)
         # Where the parameters lie in memory.
         self.views = [view.data_ptr() for view in layout.split(self.param)]
@@ -82,12 +84,14 @@ class StepGraph:
         traced: the traced program.
         draws: its draws that come from tables.
         inputs: example inputs, copies that may be changed.
+        num_data: inputs at the end that are data.
     """
 
     graph: fx.GraphModule
     traced: Traced
     draws: tuple[Draw, ...]
     inputs: list[Tensor]
+    num_data: int
 
 
 def build_step(
@@ -136,7 +140,7 @@ def build_step(
     inputs = [tensor.detach().clone() for tensor in originals]
     with torch.no_grad():
         graph = record(step, inputs)
-    return StepGraph(graph, traced, draws, inputs)
+    return StepGraph(graph, traced, draws, inputs, len(data))
 
 
 def _split(tensors: Sequence[Tensor], number: int) -> tuple[list[Tensor], list[Tensor]]:

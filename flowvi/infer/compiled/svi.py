@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from flowvi.infer._inputs import check_numbers
 from flowvi.infer.compiled.backends import Backend
+from flowvi.infer.compiled.cuda import CudaGraph
 from flowvi.infer.compiled.hazards import NotCompilable
 from flowvi.infer.compiled.native import Native
 from flowvi.infer.compiled.optimizers import OptimizerState, state_of
@@ -20,7 +22,7 @@ from flowvi.infer.compiled.program import CompiledProgram, check_gradients, chec
 from flowvi.infer.compiled.step import Buffers, Layout
 from flowvi.infer.compiled.tracing import Program, modules_of, trace_program, used_parameters
 from flowvi.infer.optim import GlobalOptim
-from flowvi.infer.svi import FlowSVI
+from flowvi.infer.svi import FlowSVI, SingleProcess
 from flowvi.objectives import Objective
 
 __all__ = ["CompiledSVI"]
@@ -29,7 +31,7 @@ __all__ = ["CompiledSVI"]
 _LARGEST_TABLE = 1 << 26
 
 
-class CompiledSVI(pyro.infer.SVI):
+class CompiledSVI(SingleProcess, pyro.infer.SVI):
     r"""``pyro.infer.SVI`` that compiles model, guide, objective and optimiser into one graph.
 
     The ordinary Pyro program is run once and recorded; no Python is left in a step. What was
@@ -50,7 +52,8 @@ class CompiledSVI(pyro.infer.SVI):
         guide: Pyro guide.
         optim: a ``pyro.optim`` optimiser, or :class:`flowvi.infer.GlobalOptim`.
         loss: an objective of :mod:`flowvi.objectives`, ``Trace_ELBO`` or ``TraceMeanField_ELBO``.
-        backend: what runs the graph; :class:`Native` if left out.
+        backend: what runs the graph; :class:`Native` on the CPU and :class:`CudaGraph` on a GPU
+            if left out.
         check: number of seeds on which gradients, and of steps on which updates, are compared
             with the eager ones; 0 compares nothing.
         fallback: take eager steps, with a warning that says why, where a program cannot be
@@ -95,7 +98,7 @@ class CompiledSVI(pyro.infer.SVI):
             raise ValueError(f"`check` must be an integer of at least 0; got {check!r}.")
         check_numbers({"max_programs": max_programs}, {})
         self.objective = loss
-        self.backend = Native() if backend is None else backend
+        self.backend = backend
         self.check = check
         self.fallback = fallback
         self.max_programs = max_programs
@@ -109,7 +112,11 @@ class CompiledSVI(pyro.infer.SVI):
 
     def step(self, *args: object, **kwargs: object) -> float:
         """One step; gives the loss (nats) as a float."""
-        return self.step_async(*args, **kwargs).item()
+        program = self._program(args, kwargs)
+        if program is None or program.traced.reports:
+            return self.step_async(*args, **kwargs).item()
+        program.take(_tensors(args, kwargs), 1)
+        return program.last_loss.item()
 
     def step_async(self, *args: object, **kwargs: object) -> Tensor:
         """One step; gives the loss (nats) as a tensor on the device."""
@@ -169,7 +176,7 @@ class CompiledSVI(pyro.infer.SVI):
         if program is None or (program is not self and program.is_current):
             return program
         if program is not self and not program.traced.stale:
-            program.state.bind(program.buffers)
+            program.rebind()
             return program
         try:
             program = self._compile(args, kwargs)
@@ -183,10 +190,14 @@ class CompiledSVI(pyro.infer.SVI):
         return program
 
     def _key(self, args: tuple, kwargs: dict) -> Hashable:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        modules = tuple(module.training for module in self._modules or ())
-        parameters = tuple(id(p) for _, p in pyro.get_param_store().named_parameters())
-        return (spec, tuple(map(_describe, leaves)), modules, parameters)
+        if kwargs or not all(isinstance(arg, Tensor) for arg in args):
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+        else:
+            # The usual case, for which building a tree would take as long as a step.
+            leaves, spec = args, len(args)
+        modules = tuple([module.training for module in self._modules or ()])
+        parameters = tuple([id(p) for _, p in pyro.get_param_store().named_parameters()])
+        return (spec, tuple([_describe(leaf) for leaf in leaves]), modules, parameters)
 
     def _compile(self, args: tuple, kwargs: dict) -> CompiledProgram:
         if sum(p is not None for p in self._programs.values()) >= self.max_programs:
@@ -194,6 +205,7 @@ class CompiledSVI(pyro.infer.SVI):
                 f"`max_programs` must be as many as there are shapes of data and settings; got "
                 f"{self.max_programs}. Pad batches to one shape, or raise it."
             )
+        began = time.perf_counter()
         program = Program(self.model, self.guide, self.objective, args, kwargs)
         captured = used_parameters(program)
         if self._modules is None:
@@ -210,11 +222,15 @@ class CompiledSVI(pyro.infer.SVI):
         num_rows = _num_rows(traced, state)
         buffers = self._buffers_for(state, traced.params, num_rows, len(traced.reports))
         state.bind(buffers)
-        compiled = CompiledProgram(traced, state, buffers, self.backend, data, num_rows)
+        backend = self.backend or default_backend(buffers.param.device)
+        compiled = CompiledProgram(traced, state, buffers, backend, data, num_rows)
         if self.check:
             check_steps(compiled, program, lambda: self._eager_step(args, kwargs), self.check)
-        if compiled.loop.note:
-            self.notes.append(compiled.loop.note)
+        seconds = time.perf_counter() - began
+        self.notes.append(
+            f"Steps are one graph of {compiled.num_operations} operations, made in "
+            f"{seconds:.1f} s. {compiled.loop.note}".strip()
+        )
         self._kept.append((args, kwargs))
         return compiled
 
@@ -244,6 +260,11 @@ class CompiledSVI(pyro.infer.SVI):
         return self._buffers[key]
 
 
+def default_backend(device: torch.device) -> Backend:
+    """What runs steps on a device if nothing else is asked for."""
+    return Native() if device.type == "cpu" else CudaGraph()
+
+
 def _num_rows(traced: object, state: OptimizerState) -> int:
     if state.steps_in_python:
         return 1
@@ -266,4 +287,7 @@ def _describe(leaf: object) -> Hashable:
 
 
 def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    leaves = pytree.tree_leaves((args, kwargs)) if kwargs else args
+    if any(not isinstance(leaf, Tensor) for leaf in leaves):
+        leaves = pytree.tree_leaves((args, kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

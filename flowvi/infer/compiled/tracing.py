@@ -19,10 +19,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
 from flowvi.infer.checkpoint import get_rng_state, set_rng_state
+from flowvi.infer.compiled.densities import densities_from_noise
 from flowvi.infer.compiled.hazards import (
     NotCompilable,
     Watch,
     check_graph,
+    memory_of,
     same_python_randomness,
 )
 
@@ -178,7 +180,8 @@ def _trace_once(program: Program, params: Sequence[Tensor]) -> Traced:
 
     with keep_random_state(), same_python_randomness(), torch.enable_grad():
         try:
-            graph = record(loss_and_grads, program.tensors())
+            with densities_from_noise():
+                graph = record(loss_and_grads, program.tensors())
         except NotCompilable:
             raise
         except Exception as error:
@@ -217,25 +220,31 @@ def _lift(graph: fx.GraphModule, params: Sequence[Tensor]) -> tuple[Tensor, ...]
     """Turn every outside tensor of a graph into an input; gives those that are no parameters."""
     first = next(iter(graph.graph.nodes))
     with graph.graph.inserting_before(first):
-        inputs = {id(p): graph.graph.placeholder(f"param_{i}") for i, p in enumerate(params)}
+        inputs = {id(p): _input(graph, f"param_{i}", p) for i, p in enumerate(params)}
         live: list[Tensor] = []
-        storages = {p.untyped_storage().data_ptr() for p in params}
+        storages = {memory_of(p) for p in params}
         for node in graph.graph.find_nodes(op="get_attr"):
             tensor = getattr(graph, node.target)
             if id(tensor) not in inputs:
                 if _is_constant(node):
                     continue
-                if tensor.untyped_storage().data_ptr() in storages:
+                if memory_of(tensor) in storages:
                     raise NotCompilable(
                         "A compiled step must not reach a parameter through `.data` or a kept "
                         "view of it. Use detach()."
                     )
-                inputs[id(tensor)] = graph.graph.placeholder(f"live_{len(live)}")
+                inputs[id(tensor)] = _input(graph, f"live_{len(live)}", tensor)
                 live.append(tensor)
             node.replace_all_uses_with(inputs[id(tensor)])
             graph.graph.erase_node(node)
     graph.recompile()
     return tuple(live)
+
+
+def _input(graph: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    node = graph.graph.placeholder(name)
+    node.meta["val"] = tensor.detach()
+    return node
 
 
 def _is_constant(node: fx.Node) -> bool:

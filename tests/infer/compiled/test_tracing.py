@@ -13,7 +13,11 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from registry import GUIDES, OBJECTIVES
 from torch import Tensor, nn
 
@@ -102,6 +106,20 @@ def test_gradients_of_guides(name: str):
 def test_gradients_of_stock_objectives(objective: type):
     guide = AutoNormal(model)
     assert_same_gradients(model, guide, objective(), DATA)
+
+
+@pytest.mark.parametrize("objective", [Trace_ELBO, STL])
+def test_gradients_of_a_full_rank_guide(objective: type):
+    """Its density comes from the noise of the draw, but path gradients are taken in full."""
+    guide = AutoMultivariateNormal(model)
+    guide(DATA)
+    assert_same_gradients(model, guide, objective(), DATA)
+    program = Program(model, guide, objective(), (DATA,))
+    traced = trace_program(program, [param for _, param in used_parameters(program)])
+    solves = traced.graph.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.linalg_solve_triangular.default
+    )
+    assert bool(solves) == (objective is STL)
 
 
 @pytest.mark.slow
