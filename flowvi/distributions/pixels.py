@@ -97,7 +97,8 @@ class ContinuousBernoulli(_PixelLaw):
         size = logits.abs()
         small = size < 0.03
         safe = torch.where(small, torch.ones_like(size), size)
-        low = -(u * torch.expm1(-safe)).log1p() / safe
+        # The law of 1 - x has the opposite logit; the exponential is that of a negative number.
+        low = -(torch.where(logits > 0, 1 - u, u) * torch.expm1(-safe)).log1p() / safe
         far = torch.where(logits > 0, 1 - low, low)
         # Around 0 the inverse of the distribution function by the cumulants of a coin.
         spread, skew = u * (1 - u), 1 - 2 * u

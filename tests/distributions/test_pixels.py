@@ -75,6 +75,15 @@ def test_continuous_bernoulli_draws():
     assert torch.allclose(slope, exact, atol=5e-3)
 
 
+def test_continuous_bernoulli_draws_invert_the_distribution_function():
+    logits = torch.tensor([-4.0, -0.029, 0.01, 0.029, 0.031, 4.0])
+    torch.manual_seed(1)
+    x = ContinuousBernoulli(logits).rsample((100,))
+    torch.manual_seed(1)
+    u = torch.rand(100, 6)
+    assert torch.allclose((logits * x).expm1() / logits.expm1(), u, atol=1e-11)
+
+
 @pytest.mark.parametrize("num_levels", [2, 7, 256])
 def test_discretised_logistic_against_differences(num_levels: int):
     loc, log_scale = torch.tensor([-0.9, 0.1, 2.0]), torch.tensor([-1.0, -2.0, 0.5])
