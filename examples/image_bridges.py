@@ -8,9 +8,8 @@ from pathlib import Path
 import pyro
 import torch
 from images import digits, mnist
-from pyro.infer import SVI, Trace_ELBO
+from planar_flows import fit
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from flowvi.models import (
     LearnedCoupling,
@@ -71,22 +70,14 @@ BRIDGES = {
 def train_bridge(data: Pictures, name: str, num_steps: int, seed: int) -> RectifiedFlow:
     """Field and coupling by stock SVI on the bound."""
     pyro.set_rng_seed(seed)
-    pyro.clear_param_store()
     dim = data.train.shape[1]
     field = MLPField(dim, (WIDTH, WIDTH), activation=nn.SiLU, num_frequencies=6)
     flow = RectifiedFlow(field, BrownianBridge(dim, SIGMA), BRIDGES[name](dim))
-    settings = {"lr": 2e-3, "lrd": 0.02 ** (1 / num_steps), "clip_norm": 100.0}
-    model, guide = (pyro.poutine.scale(p, 1 / BATCH) for p in (flow.model, flow.guide))
-    svi = SVI(model, guide, pyro.optim.ClippedAdam(settings), Trace_ELBO())
-    bar, mean = tqdm(range(num_steps), desc=name), None
-    for step in bar:
-        rows = torch.randint(len(data.train), (BATCH,))
-        with pyro.validation_enabled(False):
-            loss = svi.step(data.values(data.train[rows]))
-        mean = loss if mean is None else 0.99 * mean + 0.01 * loss
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{mean:.2f}")
-    return flow.eval()
+
+    def draw() -> Tensor:
+        return data.values(data.train[torch.randint(len(data.train), (BATCH,))])
+
+    return fit(flow, draw, num_steps, name, clip_norm=100.0)
 
 
 @torch.no_grad()

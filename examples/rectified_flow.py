@@ -60,7 +60,7 @@ def draw_samples(flow: RectifiedFlow, ax: Axes, number: int) -> None:
 
 def plane(args: argparse.Namespace) -> list[str]:
     """Train on the problems in the plane; table, and a picture in the output folder."""
-    number = 200 if args.smoke_test else 2000
+    number = 100 if args.smoke_test else 2000
     shape = (2 * len(args.problems), len(args.couplings))
     size = (3.2 * shape[1], 3.2 * shape[0])
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
