@@ -70,11 +70,11 @@ ORDERED = {name: case for name, case in SAMPLERS_OF_MODELS.items() if case.make(
 
 @pytest.mark.parametrize("name", ORDERED)
 def test_measured_order(name):
-    """Of the exact moments of the last state, at 15, 30 and 60 steps."""
+    """Of the exact moments of the last state, at 12, 24 and 48 steps."""
     sampler = ORDERED[name].make()
-    errors = [error_of(sampler, process(SCHEDULE), 15 * 2**k) for k in range(3)]
+    errors = [error_of(sampler, process(SCHEDULE), 12 * 2**k) for k in range(3)]
     assert slope(errors) == pytest.approx(sampler.order, abs=0.4), errors
-    assert errors[-1] < 0.03
+    assert errors[-1] < 0.04
 
 
 @pytest.mark.parametrize("name", SAMPLERS_OF_MODELS)
@@ -95,10 +95,10 @@ def test_law_of_draws(name):
 def test_annealed_langevin_reaches_its_stationary_law():
     """Many small steps at the last level: bias of the covariance is epsilon / 2 there."""
     source = process(SCHEDULE)
-    times = torch.cat([uniform_times(source, 20, MEAN), torch.ones(700)])
-    mean, covariance = moments(AnnealedLangevin(1, 0.2), source, times)
+    times = torch.cat([uniform_times(source, 20, MEAN), torch.ones(400)])
+    mean, covariance = moments(AnnealedLangevin(1, 0.4), source, times)
     true_mean, true_covariance = marginal(SCHEDULE, 1.0)
-    size = 0.2 * float(SCHEDULE(torch.tensor(1.0)).sigma) ** 2
+    size = 0.4 * float(SCHEDULE(torch.tensor(1.0)).sigma) ** 2
     eye = torch.eye(2)
     inverse = torch.linalg.inv(true_covariance)
     stationary = torch.linalg.solve(eye - size / 2 * inverse, true_covariance)
@@ -112,7 +112,7 @@ def test_annealed_langevin_reaches_its_stationary_law():
 @pytest.mark.parametrize("sampler", [DPMSolver(2), Ancestral(), ReverseSDE(StochasticHeun())])
 def test_other_schedules_and_grids(schedule, sampler):
     source = process(schedule.double())
-    coarse, fine = (error_of(sampler, source, n, log_snr_times) for n in (40, 80))
+    coarse, fine = (error_of(sampler, source, n, log_snr_times) for n in (25, 50))
     assert math.log2(coarse / fine) == pytest.approx(sampler.order, abs=0.4)
 
 
@@ -142,12 +142,12 @@ def test_ddim_without_noise_is_the_exponential_integrator():
 
 
 def test_ddim_solves_the_ode():
-    """And with a thousand steps is at the adaptive solution; its error is 1 / 1000 or so."""
+    """And with 200 steps is near the adaptive solution; its error is of the order of 1 / 200."""
     start = torch.randn(5, 2)
-    adaptive = ProbabilityFlow(Adaptive(rtol=1e-9, atol=1e-9))
+    adaptive = ProbabilityFlow(Adaptive(rtol=1e-6, atol=1e-6))
     want = sample(process(SCHEDULE), adaptive, (5,), 1, start=start)
-    got = sample(process(SCHEDULE), DDIM(), (5,), 1000, start=start)
-    torch.testing.assert_close(got, want, rtol=0.0, atol=5e-3)
+    got = sample(process(SCHEDULE), DDIM(), (5,), 200, start=start)
+    torch.testing.assert_close(got, want, rtol=0.0, atol=0.02)
 
 
 def test_flow_of_a_gaussian_is_its_affine_map():
@@ -257,7 +257,7 @@ def test_continuous_flow_scores_the_gaussian():
     """log-density of the last state, by the flow, against the normal law that it has."""
     source = process(SCHEDULE)
     x = torch.randn(6, 2)
-    z, ladj = Continuous(FlowField(source), solver=RK4(8)).inverse_and_ladj(x)
+    z, ladj = Continuous(FlowField(source), solver=RK4(6)).inverse_and_ladj(x)
     law = torch.distributions.MultivariateNormal(*marginal(SCHEDULE, 1.0))
     torch.testing.assert_close(
         source.start.log_prob(z) + ladj, law.log_prob(x), rtol=1e-3, atol=1e-3
