@@ -88,8 +88,7 @@ def glow_image(
         channels, height, width = squeezed = _squeeze(shape)
         steps: list[FlowTransform] = []
         for _ in range(num_layers):
-            mixing = LULinear(channels, permutation=range(channels)[::-1])
-            pixels = compose(mixing, ActNorm(channels))
+            pixels = compose(LULinear.rotation(channels), ActNorm(channels))
             steps += [parts.coupling(squeezed, elementwise), Pixelwise(pixels, height, width)]
         if left == 1:
             return Squeezed(compose(parts.gaussian(squeezed), *steps))

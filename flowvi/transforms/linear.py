@@ -217,6 +217,29 @@ class LULinear(FlowTransform):
             del start["factors"]
         self.raw = RawParameters(start, context_dim, hidden_dims)
 
+    @classmethod
+    @torch.no_grad()
+    def rotation(cls, input_dim: int) -> LULinear:
+        """A map that starts as a random orthogonal matrix, from torch's generator.
+
+        References:
+            Kingma and Dhariwal (2018), Glow, arXiv:1807.03039, section 3.2.
+        """
+        size = (input_dim, input_dim)
+        orthogonal = torch.linalg.qr(torch.randn(size, dtype=torch.float64, device="cpu")).Q
+        pivots, lower, upper = torch.linalg.lu(orthogonal)
+        linear = cls(input_dim, permutation=pivots.argmax(1).tolist())
+        diagonal = upper.diagonal()
+        linear.raw.log_scale.copy_(diagonal.abs().log())
+        if input_dim > 1:
+            # With D the signs of U's diagonal, D L D and D U have positive diagonals; their
+            # product is orthogonal as well, since it differs by the signs of whole rows.
+            signs = diagonal.sign()
+            lower = signs[:, None] * lower * signs
+            upper = upper / diagonal[:, None]
+            linear.raw.factors.copy_(lower.tril(-1) + upper.triu(1))
+        return linear
+
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Location, log-scale, L and U; one square tensor holds both strict triangles."""
         loc, log_scale, *strict = self.raw(context)

@@ -173,3 +173,18 @@ def test_a_loaded_permutation_inverts_itself() -> None:
     loaded.load_state_dict(Permutation.random(6, seed=2).state_dict())
     x = torch.randn(6)
     assert torch.equal(loaded.inv(loaded(x)), x)
+
+
+@pytest.mark.parametrize("input_dim", [1, 2, 5, 8])
+def test_random_rotation_is_orthogonal(input_dim: int) -> None:
+    linear = LULinear.rotation(input_dim)
+    matrix = torch.func.jacrev(linear)(torch.zeros(input_dim))
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(input_dim))
+    if input_dim > 2:
+        assert (matrix.abs() > 1e-3).all()
+        assert not torch.equal(matrix, torch.func.jacrev(LULinear.rotation(input_dim))(matrix[0]))
+    torch.manual_seed(1)
+    first = LULinear.rotation(input_dim).state_dict()
+    torch.manual_seed(1)
+    again = LULinear.rotation(input_dim).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
