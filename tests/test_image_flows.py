@@ -14,12 +14,14 @@ from pyro.infer import SVI, Trace_ELBO
 from registry import IMAGE_FLOWS, Case
 from torch import Tensor
 
-from flowvi.distributions import Flow, StandardNormal
+from flowvi.distributions import AugmentedFlow, Flow, MixtureFlow, StandardNormal
 from flowvi.flows import glow_image, realnvp_image
+from flowvi.guides import AutoFlow
 from flowvi.nn import ConvConditioner, one_hot
 from flowvi.transforms import (
     ActNorm,
     Coupling,
+    NumericalInverse,
     Squeezed,
     ToInterval,
     compose,
@@ -348,3 +350,22 @@ def test_images_and_contexts_of_the_wrong_shape_are_refused():
         ValueError, match=re.escape("`y` must end with shape (1, 4, 4); got shape")
     ):
         flow(torch.zeros(5, 2)).unchecked().log_prob(torch.zeros(5, 4, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("use", "name"),
+    [
+        (lambda flow: MixtureFlow([flow, flow]), "flows"),
+        (lambda flow: AugmentedFlow(flow, 2), "flow"),
+        (lambda flow: NumericalInverse(flow.transform), "transform"),
+        (lambda flow: AutoFlow(_vector_model, flow).initialize(), "recipe"),
+    ],
+)
+def test_what_is_for_vectors_refuses_image_flows(use, name):
+    flow = glow_image((1, 4, 4), **SMALL)
+    with pytest.raises(ValueError, match=rf"`{name}` must be of vectors; got event shape \(1, 4,"):
+        use(flow)
+
+
+def _vector_model() -> None:
+    pyro.sample("z", dist.Normal(torch.zeros(16), 1.0).to_event(1))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from flowvi.distributions.flow import Flow, FlowDistribution, Memory, check_expand
+from flowvi.transforms.base import require_vectors
 from flowvi.transforms.linear import TriangularAffine
 
 __all__ = ["AugmentedFlow", "AugmentedFlowDistribution"]
@@ -59,6 +60,7 @@ class AugmentedFlow(nn.Module):
         super().__init__()
         if not isinstance(flow, Flow):
             raise TypeError(f"`flow` must be a Flow; got {type(flow).__name__}.")
+        require_vectors("flow", flow.transform.event_shape)
         if not isinstance(num_extra, int) or not 1 <= num_extra < flow.input_dim:
             raise ValueError(
                 f"`num_extra` must be an integer from 1 to {flow.input_dim - 1} (below input_dim "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from flowvi.distributions.flow import Flow, FlowDistribution, Memory, check_expand
-from flowvi.transforms.base import FlowTransform, common_shape
+from flowvi.transforms.base import FlowTransform, common_shape, require_vectors
 
 __all__ = ["MixtureFlow", "MixtureFlowDistribution"]
 
@@ -279,6 +279,8 @@ def _check_flows(flows: list[Flow]) -> None:
                 f"{type(flow.transform).__name__} has no inverse, which a mixture needs to score "
                 "a draw under all components. Wrap it in NumericalInverse."
             )
+    for flow in flows:
+        require_vectors("flows", flow.transform.event_shape)
     dims = [flow.input_dim for flow in flows]
     if len(set(dims)) > 1:
         raise ValueError(f"`flows` must agree in input_dim; got {dims}.")

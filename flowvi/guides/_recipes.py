@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from flowvi.distributions import Flow
+from flowvi.transforms.base import require_vectors
 
 __all__ = ["check_whitening", "make_flow"]
 
@@ -34,6 +35,7 @@ def make_flow(
         flow = recipe(input_dim) if context_dim is None else recipe(input_dim, context_dim)
     if not isinstance(flow, Flow):
         raise TypeError(f"`recipe` must make a Flow; got {type(flow).__name__}.")
+    require_vectors("recipe", flow.transform.event_shape)
     for name, got, wanted in (
         ("input_dim", flow.input_dim, input_dim),
         ("context_dim", flow.context_dim, context_dim or 0),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["common_shape", "event_shape_of", "flatten_batch", "real_events"]
+__all__ = ["common_shape", "event_shape_of", "flatten_batch", "real_events", "require_vectors"]
 
 
 def common_shape(*shapes: torch.Size) -> torch.Size:
@@ -56,6 +56,12 @@ def real_events(event_dim: int) -> constraints.Constraint:
     if event_dim == 1:
         return constraints.real_vector
     return constraints.independent(constraints.real, event_dim)
+
+
+def require_vectors(name: str, event_shape: torch.Size) -> None:
+    """Refuse a map or a flow of images where vectors are needed."""
+    if len(event_shape) != 1:
+        raise ValueError(f"`{name}` must be of vectors; got event shape {tuple(event_shape)}.")
 
 
 def flatten_batch(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None, torch.Size]:

@@ -12,7 +12,13 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from flowvi.transforms._shapes import common_shape, event_shape_of, flatten_batch, real_events
+from flowvi.transforms._shapes import (
+    common_shape,
+    event_shape_of,
+    flatten_batch,
+    real_events,
+    require_vectors,
+)
 
 __all__ = [
     "Compose",
@@ -23,6 +29,7 @@ __all__ = [
     "compose",
     "event_shape_of",
     "flatten_batch",
+    "require_vectors",
 ]
 
 

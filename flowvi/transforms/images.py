@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowvi.transforms.base import Direction, FlowTransform
+from flowvi.transforms.base import Direction, FlowTransform, require_vectors
 
 __all__ = ["OnChannels", "Pixelwise", "Squeezed"]
 
@@ -93,11 +93,7 @@ class Pixelwise(_Around):
     """
 
     def __init__(self, transform: FlowTransform, height: int, width: int) -> None:
-        if len(transform.event_shape) != 1:
-            raise ValueError(
-                "`transform` must be a map of vectors; got one of event shape "
-                f"{tuple(transform.event_shape)}."
-            )
+        require_vectors("transform", transform.event_shape)
         super().__init__(transform, (transform.input_dim, height, width))
 
     def _enter(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowvi.transforms._solvers import damped_newton, require_solved
-from flowvi.transforms.base import Direction, FlowTransform, flatten_batch
+from flowvi.transforms.base import Direction, FlowTransform, flatten_batch, require_vectors
 
 __all__ = ["NumericalInverse"]
 
@@ -50,6 +50,7 @@ class NumericalInverse(FlowTransform):
             raise TypeError(
                 f"`transform` must be a FlowTransform; got {type(transform).__name__}."
             )
+        require_vectors("transform", transform.event_shape)
         super().__init__(transform.input_dim, transform.context_dim)
         self.transform = transform
 

@@ -156,7 +156,10 @@ def test_one_convolution_starts_at_zero_with_its_context():
         (lambda: Squeezed(LULinear(4)), "`transform` must be a map of images (channels, height"),
         (lambda: OnChannels(Coupling((2, 2, 2)), 2), "`num_channels` must be an integer above 2"),
         (lambda: OnChannels(LULinear(2), 3), "`transform` must be a map of images"),
-        (lambda: Pixelwise(Coupling((2, 2, 2)), 2, 2), "`transform` must be a map of vectors"),
+        (
+            lambda: Pixelwise(Coupling((2, 2, 2)), 2, 2),
+            "`transform` must be of vectors",
+        ),
         (lambda: Pixelwise(LULinear(2), 0, 2), "`input_dim` must hold integers of at least 1"),
         (lambda: Coupling((2, 2)), "must be a number of dimensions or (channels, height, width)"),
         (lambda: Coupling((1, 4, 4)), "One channel is divided by a checkerboard."),
