@@ -62,7 +62,12 @@ def on_images(data: str, coupling: str, num_steps: int, seed: int) -> dict[str, 
     flow = train_bridge(pictures, coupling, num_steps, seed)
     seconds = time.process_time() - began
     terms = measure(flow, pictures, 50)
-    parts = {name: getattr(terms, name) for name in ("elbo", "coupling", "reference", "path")}
+    parts = {
+        "bound": terms.elbo,
+        "start": terms.coupling,
+        "reference": terms.reference,
+        "path": terms.path,
+    }
     means = {name: float(part.mean()) for name, part in parts.items()}
     error = float(terms.elbo.std()) / math.sqrt(len(pictures.test))
     return {**means, "error": error, "seconds": round(seconds, 1)}
@@ -109,7 +114,7 @@ def summary(results: dict[str, Any]) -> str:
             keys = ("path_energy", "few", "many", "floor", "straightness")
             plane.append([*cells, *(mean_of(runs, k) for k in keys), str(published)])
         else:
-            keys = ("elbo", "coupling", "reference", "path")
+            keys = ("bound", "start", "reference", "path")
             images.append([*cells, *(mean_of(runs, k) for k in keys)])
     first = ["problem", "coupling", "steps", "seeds"]
     columns = ["NPE", "W2 at 5", "W2", "W2 of data", "straightness", "published NPE"]
