@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor, fx
 
 from flowvi.infer.compiled._native_source import SOLVE_SHIM, SOURCE
 from flowvi.infer.compiled.backends import Backend, Interpreter, Loop
+from flowvi.infer.compiled.hazards import NotCompilable
 from flowvi.infer.compiled.step import StepGraph
 
 __all__ = ["Native", "default_cache_folder"]
@@ -61,7 +63,14 @@ class Native(Backend):
         _write_solves_as(step.graph, _solve_operation())
         folder = self.cache_folder / _key(step)
         if not (folder / "model.so").exists():
-            _compile(step, folder, _solve_operation())
+            try:
+                _compile(step, folder, _solve_operation())
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0]
+                raise NotCompilable(
+                    f"The compiler behind the step fails with {type(error).__name__}: {reason}. "
+                    "Use backend=Interpreter()."
+                ) from error
         path = folder / "model.so"
         return _Proxied(path) if _PROXY in path.read_bytes() else _Compiled(path, support)
 
@@ -161,12 +170,21 @@ def _address(capsule: object) -> int:
 
 
 def _compiler() -> str | None:
-    from torch._inductor import cpp_builder, exc
+    with _quiet():
+        from torch._inductor import cpp_builder, exc
 
     try:
         return cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler:
         return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings that torch's own compiler gives about itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @cache
@@ -202,12 +220,13 @@ def _write_solves_as(graph: fx.GraphModule, operation: torch._ops.OpOverload) ->
 
 
 def _compile(step: StepGraph, folder: Path, solve: torch._ops.OpOverload) -> None:
-    from torch import _inductor
+    with _quiet():
+        from torch import _inductor
 
     for node in step.graph.graph.nodes:
         node.meta.clear()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, torch.no_grad():
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, torch.no_grad(), _quiet():
         options = {
             "aot_inductor.output_path": str(Path(scratch) / "built" / "model.so"),
             "aot_inductor.custom_ops_to_c_shims": {solve: [SOLVE_SHIM]},

@@ -18,6 +18,7 @@ __all__ = ["CompiledProgram", "check_gradients", "check_steps"]
 
 # Largest difference between compiled and eager numbers, in units of the largest number.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
+_LARGEST_COPY = 10**7
 
 
 class CompiledProgram:
@@ -102,22 +103,26 @@ def check_gradients(program: Program, traced: Traced, num_checks: int) -> None:
     Raises:
         NotCompilable: naming what differs.
     """
-    tensors = [*traced.params, *traced.live, *program.tensors()]
-    kept = [tensor.detach().clone() for tensor in tensors]
+    tensors = [*traced.params, *traced.changed]
+    kept = _copies(tensors)
     with keep_random_state():
         try:
             for trial in range(num_checks):
-                for tensor, value in zip(tensors, kept, strict=True):
-                    tensor.detach().copy_(value)
-                _shift([*traced.params, *program.tensors()], trial)
-                _compare_once(program, traced, trial)
+                _load(tensors, kept)
+                data = [_movable(tensor) for tensor in program.tensors()]
+                _shift([*traced.params, *data], trial)
+                _compare_once(program.with_tensors(data), traced, trial)
         finally:
-            for tensor, value in zip(tensors, kept, strict=True):
-                tensor.detach().copy_(value)
+            _load(tensors, kept)
+
+
+def _movable(tensor: Tensor) -> Tensor:
+    """A copy that may be changed, unless it would take much memory."""
+    return tensor.detach().clone() if tensor.numel() <= _LARGEST_COPY else tensor
 
 
 def _compare_once(program: Program, traced: Traced, seed: int) -> None:
-    live = [tensor.detach().clone() for tensor in traced.live]
+    changed = _copies(traced.changed)
     torch.manual_seed(seed)
     try:
         loss = program.loss()
@@ -126,8 +131,7 @@ def _compare_once(program: Program, traced: Traced, seed: int) -> None:
         # Shifted data or parameters may be outside the model's domain.
         return
     expected = {"loss": loss.detach(), **_numbered(grads)}
-    for tensor, value in zip(traced.live, live, strict=True):
-        tensor.detach().copy_(value)
+    _load(traced.changed, changed)
     torch.manual_seed(seed)
     inputs = [t.detach() for t in (*traced.params, *traced.live, *program.tensors())]
     outputs = traced.graph(*inputs)
@@ -149,7 +153,7 @@ def _numbered(grads: Sequence[Tensor]) -> dict[str, Tensor]:
 def _shift(tensors: Sequence[Tensor], trial: int) -> None:
     generator = torch.Generator().manual_seed(trial)
     for tensor in tensors:
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.numel() <= _LARGEST_COPY:
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
             tensor.detach().mul_(1 + 0.01 * noise.to(tensor))
 
@@ -169,7 +173,7 @@ def check_steps(
     """
     buffers, state = compiled.buffers, compiled.state
     inside = [buffers.param, *buffers.moments, buffers.counts, buffers.counters]
-    inside += list(compiled.traced.live)
+    inside += list(compiled.traced.changed)
     start, restore = _copies(inside), state.snapshot()
     with keep_random_state():
         try:

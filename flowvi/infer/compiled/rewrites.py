@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-__all__ = ["simplify"]
+__all__ = ["changed_in_place", "simplify"]
 
 _aten = torch.ops.aten
 _PASS_ON = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh_copy.default}
@@ -24,7 +24,7 @@ def simplify(graph: fx.GraphModule) -> None:
 
     Tensors that are changed in place, and their views, are left as they are.
     """
-    changed = _changed_in_place(graph)
+    changed = changed_in_place(graph)
     _drop_identities(graph, changed)
     _fold_constants(graph, changed)
     _compare_with_itself(graph, changed)
@@ -35,24 +35,34 @@ def simplify(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _changed_in_place(graph: fx.GraphModule) -> set[fx.Node]:
+def changed_in_place(graph: fx.GraphModule) -> set[fx.Node]:
     """Nodes that share memory with one that is changed."""
     found: set[fx.Node] = set()
     for node in reversed(graph.graph.nodes):
-        if node.op != "call_function" or not hasattr(node.target, "_schema"):
-            continue
-        schema = node.target._schema
-        is_view = any(a.alias_info is not None for a in schema.arguments)
-        if schema.is_mutable or (is_view and node in found):
-            found.add(node)
-            found.update(a for a in node.args[:1] if isinstance(a, fx.Node))
+        shared = _shared(node)
+        if node in found:
+            found.update(shared)
+        written = [given for given, is_written in shared.items() if is_written]
+        if written:
+            found.update([node, *written])
     # Views taken of a changed tensor, later or earlier.
     for node in graph.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and any(a.alias_info is not None for a in schema.arguments):
-            if any(a in found for a in node.all_input_nodes):
-                found.add(node)
+        if any(given in found for given in _shared(node)):
+            found.add(node)
     return found
+
+
+def _shared(node: fx.Node) -> dict[fx.Node, bool]:
+    """Arguments that share memory with a result or are changed, and whether they are changed."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {}
+    pairs = zip(schema.arguments, node.args, strict=False)
+    return {
+        given: argument.alias_info.is_write
+        for argument, given in pairs
+        if argument.alias_info is not None and isinstance(given, fx.Node)
+    }
 
 
 def _drop_identities(graph: fx.GraphModule, changed: set[fx.Node]) -> None:

@@ -175,10 +175,10 @@ class CompiledSVI(SingleProcess, pyro.infer.SVI):
         program = self._programs.get(key, self)
         if program is None or (program is not self and program.is_current):
             return program
-        if program is not self and not program.traced.stale:
-            program.rebind()
-            return program
         try:
+            if program is not self and not program.traced.stale:
+                program.rebind()
+                return program
             program = self._compile(args, kwargs)
         except NotCompilable as error:
             if not self.fallback:
@@ -231,7 +231,9 @@ class CompiledSVI(SingleProcess, pyro.infer.SVI):
             f"Steps are one graph of {compiled.num_operations} operations, made in "
             f"{seconds:.1f} s. {compiled.loop.note}".strip()
         )
-        self._kept.append((args, kwargs))
+        # Keys hold identities of what is no tensor, so it must not be freed.
+        leaves = pytree.tree_leaves((args, kwargs))
+        self._kept += [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         return compiled
 
     def _trained(self, captured: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

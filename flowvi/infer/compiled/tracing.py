@@ -27,6 +27,7 @@ from flowvi.infer.compiled.hazards import (
     memory_of,
     same_python_randomness,
 )
+from flowvi.infer.compiled.rewrites import changed_in_place
 
 __all__ = ["Program", "Traced", "modules_of", "record", "trace_program", "used_parameters"]
 
@@ -91,6 +92,7 @@ class Traced:
         graph: the graph; its remaining attributes are constants.
         params: the parameters that get a gradient.
         live: tensors from outside that are no data (buffers, closed-over tensors), as they are.
+        changed: those of them that a step changes in place.
         reports: names of what the objective reports.
         read: tensors whose values are part of the graph, with their versions.
     """
@@ -98,6 +100,7 @@ class Traced:
     graph: fx.GraphModule
     params: tuple[Tensor, ...]
     live: tuple[Tensor, ...]
+    changed: tuple[Tensor, ...]
     reports: tuple[str, ...]
     read: tuple[tuple[Tensor, int], ...]
 
@@ -196,7 +199,9 @@ def _trace_once(program: Program, params: Sequence[Tensor]) -> Traced:
     check_graph(graph)
     graph.graph.eliminate_dead_code(is_impure_node=_changes_something)
     live = _lift(graph, used)
-    return Traced(graph, tuple(used), live, tuple(names), tuple(watch.read))
+    touched = {node.name for node in changed_in_place(graph)}
+    changed = tuple(tensor for i, tensor in enumerate(live) if f"live_{i}" in touched)
+    return Traced(graph, tuple(used), live, changed, tuple(names), tuple(watch.read))
 
 
 def record(function: Callable, inputs: Sequence[Tensor]) -> fx.GraphModule:

@@ -14,7 +14,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, fx
 
 from flowvi.infer import CompiledSVI, GlobalOptim
-from flowvi.infer.compiled import Native, native
+from flowvi.infer.compiled import Native, NotCompilable, native
 from flowvi.infer.compiled.noise import NoiseTable, hoist_draws
 from flowvi.infer.compiled.rewrites import simplify
 from flowvi.infer.compiled.tracing import record
@@ -47,6 +47,19 @@ def test_without_a_compiler_steps_are_slower_and_say_so(
         svi.step(DATA)
     assert "operation by operation" in svi.notes[0]
     assert svi.run(3, DATA).isfinite().all()
+
+
+def test_a_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(native, "_compile", fail)
+    optim = pyro.optim.Adam({"lr": 0.05})
+    svi = CompiledSVI(model, guide, optim, Trace_ELBO(), backend=Native(tmp_path), check=0)
+    with pytest.raises(NotCompilable, match="RuntimeError: out of registers. Use backend=Inter"):
+        svi.step(DATA)
+    # A folder holds what was compiled once for all steps, but no step.
+    assert not list(tmp_path.glob("*/model.so"))
 
 
 def test_importing_and_eager_steps_leave_the_compiler_alone():

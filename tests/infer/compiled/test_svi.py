@@ -254,6 +254,13 @@ def test_new_shapes_are_compiled_and_share_one_state():
         torch.testing.assert_close(value, found[key], rtol=0, atol=1e-9)
 
 
+def test_data_that_cannot_be_changed_is_checked():
+    optim = pyro.optim.Adam({"lr": 0.05})
+    svi = compiled(optim, check=1)
+    assert svi.step(torch.tensor(0.7).expand(5)) == pytest.approx(svi.step(DATA), abs=100)
+    assert len(svi._programs) == 2
+
+
 def test_too_many_shapes_are_refused():
     svi = compiled(pyro.optim.Adam({"lr": 0.05}), max_programs=1)
     svi.step(DATA)
