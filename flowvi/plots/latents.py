@@ -12,7 +12,7 @@ from flowvi.plots._figure import COLORS, GREY, array_of, axes_for, open_frame
 from flowvi.plots.images import image_grid
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from flowvi.plots._figure import Axes
 
 __all__ = ["latent_manifold", "latent_points"]
 
