@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
@@ -166,6 +167,28 @@ def test_saving_copies_and_two_of_a_kind():
         losses.append(one.terms(x).loss)
     assert torch.equal(losses[0], losses[1])
     assert torch.equal(losses[0], losses[2])
+
+
+class _Mixture(torch.nn.Module):
+    """Law of the start whose draws carry no gradient."""
+
+    def forward(self) -> dist.Distribution:
+        parts = dist.Normal(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 0.3).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts)
+
+
+@pytest.mark.parametrize("coupling", [IndependentCoupling, OptimalTransportCoupling, learned])
+def test_start_without_reparameterised_draws(coupling: object):
+    field = MLPField(2, (4,), zero_last=False)
+    path = BrownianBridge(2, 0.5)
+    pair = RectifiedFlow(field, path, coupling(), start=_Mixture(), num_steps=3)
+    x = torch.randn(B, 2)
+    for objective in (ELBO(2), Trace_ELBO(2, max_plate_nesting=1, vectorize_particles=True)):
+        pair.zero_grad()
+        objective.differentiable_loss(pair.model, pair.guide, x).backward()
+        assert all(p.grad.isfinite().all() for p in pair.parameters())
+    assert pair.terms(x).elbo.shape == (B,)
+    assert pair.sample(5).shape == (5, 2)
 
 
 @pytest.mark.slow
