@@ -20,7 +20,7 @@ class TransportCost:
         num_evaluations: calls of the field in the solve (NFE).
 
     References:
-        Liu, Gong and Liu (2023), Flow straight and fast, arXiv:2209.03003, equation 7, for the
+        Liu, Gong and Liu (2023), Flow straight and fast, arXiv:2209.03003, for the
         straightness.
     """
 
@@ -46,7 +46,7 @@ def normalised_path_energy(energy: Tensor, squared_distance: Tensor) -> Tensor:
 
     References:
         Tong et al. (2024), Improving and generalizing flow-based generative models,
-        arXiv:2302.00482, section 5.1.
+        arXiv:2302.00482, section 5.
 
     Example:
         >>> normalised_path_energy(torch.tensor([3.0, 5.0]), torch.tensor(2.0))

@@ -38,8 +38,8 @@ def matched(path: Path, scale: float = 1.0, *, noisy: bool = False) -> Path:
     References:
         Lipman, Chen, Ben-Hamu, Nickel and Le (2023), Flow matching for generative modeling,
         arXiv:2210.02747, equation 9; Tong et al. (2024), Improving and generalizing flow-based
-        generative models, arXiv:2302.00482, equation 10; Albergo, Boffi and Vanden-Eijnden
-        (2023), Stochastic interpolants, arXiv:2303.08797, equations 2.9 and 2.20.
+        generative models, arXiv:2302.00482, section 3; Albergo, Boffi and Vanden-Eijnden
+        (2023), Stochastic interpolants, arXiv:2303.08797, section 2.
 
     Example:
         >>> import torch
