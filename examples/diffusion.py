@@ -118,7 +118,7 @@ def train(task: Task, model: DiffusionModel, num_steps: int, args: argparse.Name
     pyro.clear_param_store()
     optimizer = pyro.optim.ClippedAdam({"lr": 2e-3, "lrd": 0.05 ** (1 / num_steps)})
     svi = SVI(model.model, model.guide, optimizer, Trace_ELBO())
-    average = Average(0.995)
+    average = Average(max(0.0, 1 - 20 / num_steps))
     bar = tqdm(range(num_steps), desc=f"{task.name}, {type(model).__name__}")
     with pyro.validation_enabled(False):
         for step in bar:
