@@ -7,6 +7,8 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
+from building import NAMES, context_of, redraw
+from registry import TRANSFORMS
 from torch import Tensor
 
 from flowvi.distributions import Flow
@@ -46,11 +48,7 @@ def law_of(matrix: Tensor, shift: Tensor, t: float = 1.0) -> dist.MultivariateNo
 
 
 def drawn_field(dim: int = 2, scale: float = 0.6) -> MLPField:
-    field = MLPField(dim, (6, 6))
-    with torch.no_grad():
-        for p in field.parameters():
-            p.normal_().mul_(scale)
-    return field
+    return redraw(MLPField(dim, (6, 6)), scale)
 
 
 # Linear fields.
@@ -117,6 +115,28 @@ def test_entropy_of_a_curved_field_is_minus_the_mean_log_density():
     entropy = 1 + math.log(2 * math.pi) + path.entropy_change[-1]
     gap = entropy + log_q
     assert gap.mean().abs() < 4 * gap.std() / 4000**0.5
+
+
+# Steep fields.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("continuous")])
+def test_parameters_from_a_standard_normal_with_enough_steps(name):
+    """Fields too steep for the few steps of the registry's cases, which draw smaller ones."""
+    case = TRANSFORMS[name]
+    transform = redraw(case.make(), 1.0)
+    transform.solver = DormandPrince(400)
+    x, context = torch.randn(6, case.input_dim), context_of(case, 6)
+    args = (x,) if context is None else (x, context)
+    with torch.no_grad():
+        y, ladj = transform.call_and_ladj(*args)
+        jacobian = torch.func.vmap(torch.func.jacfwd(transform))(*args)
+        back, back_ladj = transform.inverse_and_ladj(y, context)
+    expected = torch.linalg.slogdet(jacobian).logabsdet
+    torch.testing.assert_close(ladj, expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-7)
+    torch.testing.assert_close(back_ladj, -ladj, rtol=0, atol=1e-7)
 
 
 # Estimates of the divergence.
