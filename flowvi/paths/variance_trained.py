@@ -23,13 +23,10 @@ class VarianceTrained(LearnedMonotone):
     get the plain gradient. A model calls :meth:`record` with the losses of a step.
 
     Args:
-        num_units: number of sigmoids, at least 1.
-        log_snr_min: value at t = 0 (noise).
-        log_snr_max: value at t = 1 (data), larger.
-        learn_ends: train the two values as well.
-
-    Raises:
-        ValueError: if sizes are below 1 or ends are not ordered.
+        num_units: as for :class:`LearnedMonotone`.
+        log_snr_min: likewise.
+        log_snr_max: likewise.
+        learn_ends: likewise.
 
     References:
         Kingma, Salimans, Poole and Ho (2021), Variational diffusion models, arXiv:2107.00630,
