@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pyro import poutine
 from registry import IMAGE
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -83,6 +84,20 @@ def test_evidence_against_quadrature(name: str):
     assert bool((elbo < exact + 0.02).all())
 
 
+def test_every_layer_is_generated_from_the_one_above():
+    pair = HierarchicalVAE(BernoulliLikelihood(IMAGE), (3, 2, 2), (6, 5, 4))
+    sites = poutine.trace(pair.model).get_trace(None, num_items=5).nodes
+    for k in (1, 2):
+        law = pair.down[k - 1](sites[f"z{k + 1}"]["value"])
+        assert torch.allclose(sites[f"z{k}"]["fn"].mean, law.mean)
+        assert float(law.mean.detach().std(0).max()) > 1e-3
+    x = (torch.rand(5, *IMAGE) < 0.5).double()
+    sites = poutine.trace(pair.guide).get_trace(x).nodes
+    for k in (2, 3):
+        law = pair.up[k - 1](sites[f"z{k - 1}"]["value"])
+        assert torch.allclose(sites[f"z{k}"]["fn"].mean, law.mean)
+
+
 def test_top_of_a_ladder_sees_the_image_alone():
     pair = LadderVAE(BernoulliLikelihood(IMAGE), (3, 2), (6, 5), batch_norm=False)
     x = (torch.rand(2, *IMAGE) < 0.5).double()
@@ -96,6 +111,8 @@ def test_top_of_a_ladder_sees_the_image_alone():
 
 def test_correction_of_a_residual_posterior_starts_at_none():
     pair = ResidualVAE(BernoulliLikelihood(IMAGE), (1, 1), width=4, latent_channels=2)
+    for stage in pair.stages:
+        nn.init.normal_(stage.prior_net[-1].weight)
     x = (torch.rand(3, *IMAGE) < 0.5).double()
     terms = pair.terms(x)
     assert all(float(d.detach().abs().max()) < 0.02 for d in terms.divergences.values())
