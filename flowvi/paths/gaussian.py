@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from numbers import Real
@@ -20,7 +21,27 @@ __all__ = ["DiffusionPath", "GaussianPath", "ScheduleDiffusion"]
 Function = Callable[[Tensor | None, Tensor], Tensor]
 
 
-class GaussianPath(Path):
+class _NormalMarginals(Path):
+    """Base of paths whose marginals are independent normals; a new one writes ``moments``."""
+
+    @abstractmethod
+    def moments(self, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and scale of the marginal."""
+
+    def transform(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        mean, scale = self.moments(t, y)
+        return mean + scale * eps
+
+    def noise_of(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        mean, scale = self.moments(t, y)
+        return (x - mean) / scale
+
+    def log_prob(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        mean, scale = self.moments(t, y)
+        return normal_log_prob(x, mean, scale)
+
+
+class GaussianPath(_NormalMarginals):
     r"""Independent normal marginals with any mean and scale over time.
 
     .. math:: x_t = \alpha(y, t) + \beta(y, t)\,\epsilon, \qquad
@@ -58,25 +79,12 @@ class GaussianPath(Path):
         self.beta = beta
 
     def moments(self, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and scale of the marginal."""
         return self.alpha(y, t), self.beta(y, t)
-
-    def transform(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        mean, scale = self.moments(t, y)
-        return mean + scale * eps
 
     def point(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> PathPoint:
         (mean, scale), (d_mean, d_scale) = time_derivative(lambda t: self.moments(t, y), t)
         state, velocity, score = mean + scale * eps, d_mean + d_scale * eps, -eps / scale
         return self._complete(state, t, velocity, score)
-
-    def noise_of(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        mean, scale = self.moments(t, y)
-        return (x - mean) / scale
-
-    def log_prob(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        mean, scale = self.moments(t, y)
-        return normal_log_prob(x, mean, scale)
 
     def field_and_log_prob(
         self, x: Tensor, t: Tensor, y: Tensor | None = None
@@ -118,7 +126,7 @@ class ScheduleDiffusion(TimeDiffusion):
         return values.sigma * torch.sqrt(ratio * values.d_log_snr)
 
 
-class DiffusionPath(Path):
+class DiffusionPath(_NormalMarginals):
     r"""Marginals of a diffusion: encoded data, faded into noise by a schedule.
 
     .. math:: x_t = \alpha(t)\,F_\phi(y, t) + \sigma(t)\,\epsilon
@@ -178,14 +186,9 @@ class DiffusionPath(Path):
         self.schedule = schedule
         self.encoder = encoder
 
-    def moments(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and scale of the marginal."""
+    def moments(self, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         values = self.schedule(t)
         return values.alpha * self._encode(y, t), values.sigma
-
-    def transform(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        mean, scale = self.moments(t, y)
-        return mean + scale * eps
 
     def point(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> PathPoint:
         values = self.schedule(t)
@@ -197,14 +200,6 @@ class DiffusionPath(Path):
         point = self._complete(state, t, velocity, -eps / values.sigma)
         data, noise = _target(values, point.diffusion, code, rate, eps)
         return replace(point, data=data.expand_as(state), noise=noise)
-
-    def noise_of(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        mean, scale = self.moments(t, y)
-        return (x - mean) / scale
-
-    def log_prob(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        mean, scale = self.moments(t, y)
-        return normal_log_prob(x, mean, scale)
 
     def target_of_drift(self, x: Tensor, drift: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Data and noise at which the prior's formula gives this drift."""
