@@ -33,6 +33,7 @@ class VarianceTrained(LearnedMonotone):
         appendix I (time mirrored).
 
     Example:
+        >>> import torch
         >>> schedule = VarianceTrained(8, -5.0, 5.0)
         >>> schedule.record(torch.ones(3, 1))
         >>> schedule.log_snr(torch.tensor([0.0, 1.0])).tolist()
