@@ -6,7 +6,8 @@
 One ELBO step (forward, backward, Adam) in float32: batch 256, four latent dimensions, posterior
 drift MLP(t, x) and prior drift MLP(x) with two hidden layers of 64 and softplus, learnt
 elementwise diffusion, Euler-Maruyama, 11 observation times on [0, 1]. Every entry has the same
-networks and the same bound. Times are medians of process CPU time.
+networks and the same bound. Times are medians of process CPU time. Where jax is installed, the
+entry "jax scan" is the same step as one jitted program with a scan over the steps.
 
 torchsde takes dt as a number and adds it up in float32: at dt = 0.01 step 101 is a sliver left by
 rounding, from which its Brownian interval takes the resolution of its tree, of which it then
@@ -16,10 +17,16 @@ builds some 100,000 nodes. That is the entry "100 steps".
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
+# Before jax, which would use all processors.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+)
 # Before torch: it limits every library to one thread.
 from _timing import facts, interleave, steady_allocator, table, write_json  # isort: skip
 import torch
@@ -212,7 +219,7 @@ def loop_step(steps: int) -> Callable[[], None]:
 
 def entries(steps: int) -> dict[str, Callable[[], None]]:
     root = round(steps**0.5)
-    return {
+    made = {
         "flowvi": flowvi_step(steps),
         "flowvi, segments": flowvi_step(steps, root),
         SIMULATION_FREE: simulation_free_step(steps),
@@ -220,6 +227,11 @@ def entries(steps: int) -> dict[str, Callable[[], None]]:
         "torchsde adjoint": torchsde_step(steps, adjoint=True),
         "plain loop": loop_step(steps),
     }
+    if find_spec("jax") is None:
+        return made
+    from _scan import scan_step
+
+    return made | {"jax scan": scan_step(TorchsdeLatent(), TARGET, RESIDUAL, steps)}
 
 
 def main() -> None:
@@ -246,11 +258,16 @@ def main() -> None:
             steps: round(cell[peer]["median"] / cell["flowvi"]["median"], 2)
             for steps, cell in results.items()
         }
-        for peer in ("torchsde sdeint", "torchsde adjoint", "plain loop")
+        for peer in ("torchsde sdeint", "torchsde adjoint", "plain loop", "jax scan")
+        if all(cell.get(peer, {}).get("median") for cell in results.values())
     }
     for name, ratio in ratios.items():
         print(f"{name}: " + ", ".join(f"{value} at {steps}" for steps, value in ratio.items()))
-    content = {"facts": facts("torch", "pyro-ppl", "torchsde"), "ms": results, "ratios": ratios}
+    content = {
+        "facts": facts("torch", "pyro-ppl", "torchsde", "jax"),
+        "ms": results,
+        "ratios": ratios,
+    }
     write_json(args.output, content)
 
 

@@ -17,7 +17,7 @@ from flowvi.models.dequantisation import (
 )
 from flowvi.models.diffenc import DiffEnc, FadingEncoder, LearnedEncoder
 from flowvi.models.diffusion import DiffusionModel, DiffusionTerms
-from flowvi.models.drifts import DriftMLP
+from flowvi.models.drifts import DiffusionMLP, DriftMLP
 from flowvi.models.encoders import (
     ConvolutionalEncoder,
     FirstFramesEncoder,
@@ -94,6 +94,7 @@ __all__ = [
     "Dequantizer",
     "DiagonalPosterior",
     "DiffEnc",
+    "DiffusionMLP",
     "DiffusionModel",
     "DiffusionTerms",
     "DiscretisedLogisticLikelihood",

@@ -1,4 +1,4 @@
-"""Drift networks, plain and tied to a context that changes from observation to observation."""
+"""Networks of drift, plain or tied to a context that changes in time, and of diffusion."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.nn.mlp import check_sizes
+from flowvi.paths.diffusion import StateDiffusion
 from flowvi.paths.sde import Drift
 
-__all__ = ["DriftMLP"]
+__all__ = ["DiffusionMLP", "DriftMLP"]
 
 
 # Of the features that grow before an observation, per unit of time.
@@ -111,6 +112,55 @@ class DriftMLP(Drift):
         for layer in self.layers:
             h = layer(self.activation(h))
         return h
+
+
+class DiffusionMLP(StateDiffusion):
+    r"""Diagonal diffusion with a small network of its own for each coordinate.
+
+    .. math:: b_i(x_i) = s\,\sigma\big(v_i \cdot \tanh(w_i x_i + a_i) + c_i\big) + 10^{-3}
+
+    Bounded on both sides, so that a divergence that it divides by stays finite.
+
+    Args:
+        dim: number of dimensions of the state.
+        hidden_dim: hidden units of each network.
+        scale: s, the upper bound; the diffusion starts at about half of it.
+
+    Shape:
+        x: ``(*batch, dim)``; diffusion: ``(*batch, dim)``.
+
+    Raises:
+        ValueError: if a size is below 1 or ``scale`` is not positive.
+
+    References:
+        Li, Wong, Chen and Duvenaud (2020), arXiv:2001.01328, section 7.3.
+
+    Example:
+        >>> DiffusionMLP(3, 8)(torch.zeros(7, 3), torch.zeros(1)).shape
+        torch.Size([7, 3])
+    """
+
+    def __init__(self, dim: int, hidden_dim: int = 30, *, scale: float = 1.0) -> None:
+        check_sizes(dim, (hidden_dim,), dim, 0)
+        if not scale > 0:
+            raise ValueError(f"`scale` must be positive; got {scale!r}.")
+        super().__init__(_Coordinatewise(dim, hidden_dim, scale), elementwise=True)
+
+
+class _Coordinatewise(nn.Module):
+    """A network with one hidden layer for each coordinate, between 0 and a bound."""
+
+    def __init__(self, dim: int, hidden_dim: int, scale: float) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(dim, hidden_dim))
+        self.bias = nn.Parameter(torch.randn(dim, hidden_dim))
+        self.last = nn.Parameter(torch.randn(dim, hidden_dim) / hidden_dim)
+        self.offset = nn.Parameter(torch.zeros(dim))
+        self.scale = scale
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        hidden = torch.tanh(x.unsqueeze(-1) * self.first + self.bias)
+        return self.scale * torch.sigmoid((hidden * self.last).sum(-1) + self.offset) + 1e-3
 
 
 class _BoundDrift(Drift):
