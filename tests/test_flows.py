@@ -212,8 +212,8 @@ def test_masks_ignore_the_global_generator_and_cover_every_dimension():
     before = torch.get_rng_state()
     pyro.set_rng_seed(99)
     second = flows.realnvp(6)
-    masks = [t._moved for t in first.transform.parts if isinstance(t, Coupling)]
-    again = [t._moved for t in second.transform.parts if isinstance(t, Coupling)]
+    masks = [t.partition.moved for t in first.transform.parts if isinstance(t, Coupling)]
+    again = [t.partition.moved for t in second.transform.parts if isinstance(t, Coupling)]
     assert all(torch.equal(a, b) for a, b in zip(masks, again, strict=True))
     for one, other in zip(masks[::2], masks[1::2], strict=True):
         assert sorted([*one.tolist(), *other.tolist()]) == list(range(6))

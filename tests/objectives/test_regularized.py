@@ -205,7 +205,7 @@ def test_stock_svi_and_pyro_losses_give_the_same_bound():
 def test_fit_keeps_the_history():
     guide = AutoFlow(latent, growing)
     objective = Regularized(STL(8, antithetic=True), KineticEnergy(0.1), JKO(5.0, 0.5))
-    result = fit(latent, guide, objective=objective, num_steps=5, seed=0, progress_bar=False)
+    result = fit(latent, guide, objective=objective, num_steps=5, start=False, progress_bar=False)
     assert set(result.history) >= {"KineticEnergy", "JKO", "bound"}
     assert objective.num_particles == 8
     assert objective.report == {}
