@@ -162,7 +162,7 @@ def picture(models: dict[str, LatentSDE], series: Series, path: Path) -> None:
         ax = figure.add_subplot(1, len(shown), place, projection="3d")
         for curve in curves:
             ax.plot(*curve.T.numpy(), linewidth=0.8)
-        ax.set_title(name)
+        ax.set_title(name, y=0.95)
         ax.set(xlim=(-3, 3), ylim=(-3, 3), zlim=(-3, 3))
     figure.savefig(path, dpi=110)
     plt.close(figure)
