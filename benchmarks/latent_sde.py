@@ -284,6 +284,7 @@ def main() -> None:
     steady_allocator()
     torch.set_num_threads(1)
     pyro.enable_validation(False)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     sets = tuple(load(args.data))
     columns = ("training", "validation", "test", "test, of draws", "seconds")
     # The folder is this machine's own affair.
