@@ -236,8 +236,12 @@ def _compile(step: StepGraph, folder: Path, solve: torch._ops.OpOverload) -> Non
         _inductor.aot_compile(step.graph, tuple(step.inputs), options=options)
         kept = Path(scratch) / "kept"
         kept.mkdir()
-        for file in (Path(scratch) / "built").glob("model.*"):
+        built = Path(scratch) / "built"
+        for file in built.glob("model.*"):
             shutil.move(file, kept / file.name)
+        # What operations without a C interface are; torch looks for it beside the library.
+        for file in built.glob("*.wrapper.json"):
+            shutil.move(file, kept / "model.json")
         try:
             os.replace(kept, folder)
         except OSError:
