@@ -35,6 +35,7 @@ from torch import Tensor
 from flowvi.distributions import Flow
 from flowvi.flows import glow_image, realnvp_image
 from flowvi.infer import GlobalOptim, Schedule
+from flowvi.infer.checkpoint import save_checkpoint
 from flowvi.models import ImageFlow, bits_per_dim
 from flowvi.objectives import ELBO
 
@@ -131,9 +132,7 @@ class Training:
             "optim": self.optim.get_state(),
             "progress": (self.step, self.seconds, self.curve, self.best),
         }
-        partial_file = file.with_suffix(".partial")
-        torch.save(state, partial_file)
-        partial_file.replace(file)
+        save_checkpoint(file, state)
 
     def resume(self, file: Path) -> None:
         state = torch.load(file, weights_only=False)

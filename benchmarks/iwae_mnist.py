@@ -16,8 +16,8 @@ DReG beats IWAE at K = 50 by 0.27 (Tucker et al. 2019, arXiv:1810.04152, and a r
 from __future__ import annotations
 
 import argparse
-import gzip
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,11 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 
 from flowvi.infer import GlobalOptim, Schedule
+from flowvi.infer.checkpoint import save_checkpoint
 from flowvi.objectives import IWAE, DReG, Objective
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from images import read_idx  # noqa: E402
 
 LATENT, HIDDEN = 50, 200
 PUBLISHED = {"IWAE 5": (1.2, 0.4), "IWAE 50": (2.0, 0.4), "DReG 50 - IWAE 50": (0.27, 0.2)}
@@ -105,13 +109,7 @@ def load(folder: Path | None) -> tuple[Tensor, Tensor]:
         images = torch.tensor(load_digits().data / 16, dtype=torch.float32)
         return images[:1500], images[1500:]
     names = ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz")
-    return tuple(_idx(folder / name) for name in names)
-
-
-def _idx(path: Path) -> Tensor:
-    raw = gzip.decompress(path.read_bytes())
-    pixels = torch.frombuffer(bytearray(raw[16:]), dtype=torch.uint8)
-    return pixels.reshape(int.from_bytes(raw[4:8], "big"), -1).float() / 255
+    return tuple(read_idx(folder / name).flatten(1) / 255 for name in names)
 
 
 class Cycles:
@@ -175,9 +173,7 @@ class Training:
             "nets": {n: net.state_dict() for n, net in self.nets.items()},
             "optims": {n: o.get_state() for n, o in self.optims.items()},
         }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        save_checkpoint(path, state)
 
     def resume(self, path: Path) -> None:
         state = torch.load(path, weights_only=False)

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from flowvi.diagnostics import active_units
 from flowvi.infer import GlobalOptim, Schedule
+from flowvi.infer.checkpoint import save_checkpoint
 from flowvi.models import (
     VAE,
     BernoulliLikelihood,
@@ -242,9 +243,7 @@ class Training:
             "seconds": self.seconds,
             "validation": self.validation,
         }
-        partial_file = file.with_suffix(".partial")
-        torch.save(state, partial_file)
-        partial_file.replace(file)
+        save_checkpoint(file, state)
 
     def resume(self, file: Path) -> None:
         state = torch.load(file, weights_only=False)

@@ -44,9 +44,7 @@ def digits() -> Images:
 
 def mnist(folder: Path) -> Images:
     """MNIST from its idx.gz files: 50,000, 10,000 and 10,000 images, in the order of the files."""
-    train, test = (
-        _read_idx(folder / f"{name}-images-idx3-ubyte.gz") for name in ("train", "t10k")
-    )
+    train, test = (read_idx(folder / f"{name}-images-idx3-ubyte.gz") for name in ("train", "t10k"))
     labels = gzip.decompress((folder / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:]
     return Images(
         train[:50_000],
@@ -87,7 +85,8 @@ def static_binarisation(images: Images) -> Images:
     return Images(*parts, 2)
 
 
-def _read_idx(path: Path) -> Tensor:
+def read_idx(path: Path) -> Tensor:
+    """Images ``(N, 1, height, width)`` of an idx.gz file, levels 0 to 255."""
     raw = gzip.decompress(path.read_bytes())
     count, height, width = (int.from_bytes(raw[i : i + 4], "big") for i in (4, 8, 12))
     pixels = torch.frombuffer(bytearray(raw[16:]), dtype=torch.uint8)

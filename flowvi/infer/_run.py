@@ -23,13 +23,12 @@ from flowvi.infer.checkpoint import (
 )
 from flowvi.infer.compiled import CompiledSVI
 from flowvi.infer.guard import find_non_finite
-from flowvi.infer.svi import FlowSVI, buffers
+from flowvi.infer.svi import STEP_ERRORS, FlowSVI, buffers
 
 __all__ = ["Run", "RunOptions"]
 
 _REPORT_EVERY = 50
 _GIVE_UP_AFTER = 50
-_STEP_ERRORS = (torch.linalg.LinAlgError, ValueError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,7 @@ class Run:
             loss = self.svi.step_async(*self.args, **self.kwargs)
             failed = before is not None and optim.last_skipped is not None
             failed = failed and bool(optim.last_skipped)
-        except _STEP_ERRORS:
-            # The draws have left the region in which the model can be evaluated.
+        except STEP_ERRORS:
             loss, failed = torch.tensor(torch.nan), True
             self.raised += 1
             optim.step_count += 1

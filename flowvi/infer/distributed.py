@@ -16,12 +16,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from flowvi.infer.optim import GlobalOptim
-from flowvi.infer.svi import FlowSVI, buffers
+from flowvi.infer.svi import STEP_ERRORS, FlowSVI, buffers
 from flowvi.objectives import Objective
 
 __all__ = ["DistributedSVI", "Spread"]
-
-_STEP_ERRORS = (torch.linalg.LinAlgError, ValueError, ArithmeticError)
 
 
 class Spread(enum.Enum):
@@ -56,7 +54,8 @@ class DistributedSVI(FlowSVI):
     (rank 0) from the first step on. A data set that does not fit into one process is split by the
     user: give each process its own items, and the plate their number in all as ``size`` and the
     number at hand as ``subsample_size``. Terms that are not sums over items, the floors of
-    ``FreeBits`` and batch norm, are those of each process's own part.
+    ``FreeBits`` and batch norm, are those of each process's own part. A step in which one process
+    meets a numerical error is skipped by all, with a warning.
 
     Args:
         model: Pyro model.
@@ -65,8 +64,6 @@ class DistributedSVI(FlowSVI):
         objective: the loss.
         spread: what is shared out.
         group: process group; the default one if left out.
-
-    A step in which one process meets a numerical error is skipped by all, with a warning.
 
     Raises:
         RuntimeError: if torch.distributed has not been set up, or (in a step) if processes have
@@ -112,23 +109,7 @@ class DistributedSVI(FlowSVI):
         """One step; gives the loss (nats) averaged over processes, as a tensor on the device."""
         if not self._settled:
             self._settle(args, kwargs)
-        for _, param in self.optim.named_parameters():
-            param.grad = None
-        try:
-            with self._share():
-                loss = self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
-            loss.backward()
-            loss = loss.detach()
-        except _STEP_ERRORS as error:
-            # The other processes wait for this one; a step that fails here is skipped by all.
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"Process {self.rank} skips a step: {reason}", stacklevel=2)
-            loss = next(self.named_parameters())[1].new_full((), torch.nan)
-        if self._size_of_store() != self._admitted:
-            self._admit()
-        loss = self._average(loss)
-        self.optim((), loss)
-        return loss
+        return super().step_async(*args, **kwargs)
 
     @property
     def is_first(self) -> bool:
@@ -163,12 +144,22 @@ class DistributedSVI(FlowSVI):
         self._admit()
         self._settled = True
 
+    def _backward(self, args: tuple, kwargs: dict) -> Tensor:
+        try:
+            with self._share():
+                return super()._backward(args, kwargs)
+        except STEP_ERRORS as error:
+            # The other processes wait for this one; a step that fails here is skipped by all.
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"Process {self.rank} skips a step: {reason}", stacklevel=3)
+            return next(self.named_parameters())[1].new_full((), torch.nan)
+
     def _share(self) -> _Share:
         return _Share(self.spread, self.rank, self.num_processes, self.optim.step_count)
 
     @torch.no_grad()
     def _admit(self) -> None:
-        self.optim.admit(self.named_parameters())
+        super()._admit()
         named = {**dict(self.optim.named_parameters()), **buffers(self.model, self.guide)}
         every: list[dict] = [{}] * self.num_processes
         shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
@@ -182,7 +173,6 @@ class DistributedSVI(FlowSVI):
                 )
         for tensor in named.values():
             dist.broadcast(tensor.detach(), self._source, self.group)
-        self._admitted = self._size_of_store()
 
     @property
     def _source(self) -> int:

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from flowvi.infer.optim import GlobalOptim
 from flowvi.objectives import Objective
 
-__all__ = ["FlowSVI"]
+__all__ = ["STEP_ERRORS", "FlowSVI"]
+
+# What a step may raise once the draws have left the region in which the model can be evaluated.
+STEP_ERRORS = (torch.linalg.LinAlgError, ValueError, ArithmeticError)
 
 
 class SingleProcess:
@@ -62,12 +65,10 @@ class FlowSVI(SingleProcess, pyro.infer.SVI):
         """One step; gives the loss (nats) as a tensor on the device."""
         for _, param in self.optim.named_parameters():
             param.grad = None
-        loss = self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
-        loss.backward()
-        loss = loss.detach()
+        loss = self._backward(args, kwargs)
         if self._size_of_store() != self._admitted:
-            self.optim.admit(self.named_parameters())
-            self._admitted = self._size_of_store()
+            self._admit()
+        loss = self._average(loss)
         self.optim((), loss)
         return loss
 
@@ -82,6 +83,21 @@ class FlowSVI(SingleProcess, pyro.infer.SVI):
             if param.requires_grad and id(param) not in seen:
                 seen.add(id(param))
                 yield name, param
+
+    def _backward(self, args: tuple, kwargs: dict) -> Tensor:
+        """Loss of this process, whose gradients are left in the parameters."""
+        loss = self.objective.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        loss.backward()
+        return loss.detach()
+
+    def _admit(self) -> None:
+        """Show the optimiser parameters that are new."""
+        self.optim.admit(self.named_parameters())
+        self._admitted = self._size_of_store()
+
+    def _average(self, loss: Tensor) -> Tensor:
+        """Loss of all processes; where there are several, gradients are averaged in place."""
+        return loss
 
     def _size_of_store(self) -> int:
         return len(pyro.get_param_store())

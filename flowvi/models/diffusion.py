@@ -14,7 +14,7 @@ from torch.distributions import kl_divergence
 
 from flowvi.distributions import Flow, PathPosterior, PathPrior, StandardNormal
 from flowvi.models.data_ends import DataEnd, log_volume
-from flowvi.models.ode_likelihood import ODELikelihood, flow_likelihood
+from flowvi.models.ode_likelihood import ODELikelihood, flow_likelihood, standard_error
 from flowvi.models.pair import ELBOTerms, ModelGuidePair, check_context
 from flowvi.paths import Path, TimeLaw, UniformTimes
 from flowvi.samplers import FlowField, GenerativeProcess, Sampler, sample_path, uniform_times
@@ -292,7 +292,7 @@ class DiffusionModel(ModelGuidePair):
             noise = torch.rand(num_particles, *y.shape, dtype=y.dtype, device=y.device)
             drawn = y + self.end.cell_size * (noise - 0.5)
             found = self._flow_likelihood(alpha * drawn, context, 1, *rest)
-        se = found.value.var(0, correction=0).div(num_particles - 1 or math.nan).sqrt()
+        se = standard_error(found.value)
         return ODELikelihood(found.value.mean(0), se, found.solver_error.mean(0))
 
     # How.

@@ -14,7 +14,7 @@ from flowvi.models.pair import LogLikelihood
 from flowvi.nn import VectorField
 from flowvi.transforms import Divergence, Solver
 
-__all__ = ["ODELikelihood", "flow_likelihood"]
+__all__ = ["ODELikelihood", "flow_likelihood", "standard_error"]
 
 Density = Callable[[Divergence | None, Solver | None], Flow]
 
@@ -80,5 +80,10 @@ def flow_likelihood(
     error = (solve(given.solver.refined()) - values).mean(0).abs()
     se = torch.zeros_like(error)
     if not exact:
-        se = values.var(0, correction=0).div(num_probes - 1 or torch.nan).sqrt()
+        se = standard_error(values)
     return ODELikelihood(values.mean(0), se, error)
+
+
+def standard_error(values: Tensor) -> Tensor:
+    """Standard error of the mean over the first dim; NaN for a single value."""
+    return values.var(0, correction=0).div(len(values) - 1 or torch.nan).sqrt()

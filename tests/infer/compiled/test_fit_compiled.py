@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from step_programs import DATA, model
 from torch import Tensor
 
 from flowvi.flows import realnvp
@@ -15,15 +16,6 @@ from flowvi.guides import AutoFlow
 from flowvi.infer import Fit, fit
 from flowvi.infer.compiled import Backend, Interpreter
 from flowvi.objectives import BetaELBO, LinearSchedule
-
-DATA = torch.tensor([1.3, -0.4, 2.1, 0.2, 0.9], dtype=torch.float64)
-
-
-def model(y: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-    with pyro.plate("data", len(y)):
-        pyro.sample("y", dist.Normal(mean, scale), obs=y)
 
 
 def run(compile: bool | Backend, **options: object) -> Fit:

@@ -19,6 +19,7 @@ from pyro.infer.autoguide import (
     AutoNormal,
 )
 from registry import GUIDES, OBJECTIVES
+from step_programs import DATA
 from torch import Tensor, nn
 
 from flowvi.flows import cnf, realnvp
@@ -29,7 +30,6 @@ from flowvi.infer.compiled.tracing import Program, modules_of, trace_program, us
 from flowvi.objectives import ELBO, STL
 from flowvi.transforms import RK4
 
-DATA = torch.tensor([1.3, -0.4, 2.1, 0.2, 0.9], dtype=torch.float64)
 narrow = partial(realnvp, num_layers=2, hidden_dims=(4,))
 
 
