@@ -18,7 +18,6 @@ from pyro.nn.module import _Context, _is_module_local_param_enabled
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
-from flowvi.guides._names import claim_name
 from flowvi.guides._prototype import (
     check_log_density,
     check_supports,
@@ -28,6 +27,7 @@ from flowvi.guides._prototype import (
     unconstrained_shapes,
     with_initial_values,
 )
+from flowvi.nn._store import claim_name
 
 __all__ = ["FlowGuide"]
 

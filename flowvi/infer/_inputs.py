@@ -142,11 +142,19 @@ def _check_match(model_trace: Trace, guide_trace: Trace) -> None:
             "Check that not every site is observed or blocked."
         )
     if latents != proposed:
-        raise ValueError(
+        message = (
             "`guide` must sample exactly the latent sites of the model; it lacks "
             f"{sorted(latents - proposed) or 'none'} and has "
             f"{sorted(proposed - latents) or 'none'} that the model lacks."
         )
+        nodes = model_trace.nodes
+        summed = sorted(n for n in latents - proposed if nodes[n]["infer"].get("enumerate"))
+        if summed:
+            message += (
+                f" Site `{summed[0]}` is to be summed out: train with pyro.infer.SVI and "
+                "TraceEnum_ELBO, or sum it out in the model (a pyro.distributions mixture)."
+            )
+        raise ValueError(message)
     for name in sorted(latents):
         shapes = [tuple(t.nodes[name]["value"].shape) for t in (model_trace, guide_trace)]
         try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.infer.optim import GlobalOptim
+from flowvi.nn._store import is_shown_buffer
 from flowvi.objectives import Objective
 
 __all__ = ["STEP_ERRORS", "FlowSVI"]
@@ -80,7 +81,8 @@ class FlowSVI(SingleProcess, pyro.infer.SVI):
         """Unconstrained trainable parameters in a fixed order, each once."""
         seen: set[int] = set()
         for name, param in self._candidates():
-            if param.requires_grad and id(param) not in seen:
+            trained = param.requires_grad and not is_shown_buffer(param)
+            if trained and id(param) not in seen:
                 seen.add(id(param))
                 yield name, param
 

@@ -16,7 +16,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from flowvi.guides._names import claim_store_name
+from flowvi.nn._store import claim_store_name, module_tensors
 from flowvi.objectives._constants import leaf_of
 
 __all__ = ["ELBOTerms", "LogLikelihood", "ModelGuidePair", "check_context"]
@@ -327,9 +327,11 @@ class ModelGuidePair(nn.Module, ABC):
 
     def _register(self) -> None:
         """Show the parameters to Pyro, under a name that no other pair has."""
-        own = {f".{n}": p for n, p in self.named_parameters() if p.requires_grad}
-        self._store_name = claim_store_name(self._store_name, own)
-        for suffix, parameter in own.items():
+        own = {f".{n}": t for n, t in module_tensors(self)}
+        trained = {s: p for s, p in own.items() if p.requires_grad}
+        shown = trained | {s: t for s, t in own.items() if not isinstance(t, nn.Parameter)}
+        self._store_name = claim_store_name(self._store_name, shown)
+        for suffix, parameter in trained.items():
             pyro.param(self._store_name + suffix, parameter)
 
     def __getstate__(self) -> dict:

@@ -46,7 +46,8 @@ class ActNorm(FlowTransform):
         super().__init__(input_dim)
         self.loc = nn.Parameter(torch.zeros(input_dim))
         self.log_scale = nn.Parameter(torch.zeros(input_dim))
-        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        # A number, so that it goes where floating-point state goes: into Pyro's parameter store.
+        self.register_buffer("initialized", torch.zeros(()))
         # Mirrors the buffer for a lazy map: a branch on the buffer would wait for the device.
         self._pending = lazy
 
@@ -83,8 +84,14 @@ class ActNorm(FlowTransform):
         else:
             self.loc.copy_(-mean / scale)
             self.log_scale.copy_(-scale.log())
-        self.initialized.fill_(True)
+        self.initialized.fill_(1.0)
         self._pending = False
+
+    def _start(self, batch: Tensor, direction: Direction) -> None:
+        """Normalise by the first batch, unless the state came from a store in the meantime."""
+        self._pending = False
+        if batch.is_meta or not self.initialized:
+            self._normalise(batch, direction)
 
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
@@ -93,12 +100,12 @@ class ActNorm(FlowTransform):
 
     def _call_and_ladj(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._pending and self.training:
-            self._normalise(x, Direction.FORWARD)
+            self._start(x, Direction.FORWARD)
         return self.loc + self.log_scale.exp() * x, log_diagonal(self.log_scale, x)
 
     def _inverse_and_ladj(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._pending and self.training:
-            self._normalise(y, Direction.INVERSE)
+            self._start(y, Direction.INVERSE)
         return (y - self.loc) * (-self.log_scale).exp(), -log_diagonal(self.log_scale, y)
 
     def _call_ladj_and_score(
@@ -133,6 +140,7 @@ def initialize_norms(
     modes = [norm.training for norm in norms]
     for norm in norms:
         norm.training = norm._pending = True
+        norm.initialized.zero_()
     try:
         transform.inverse_and_ladj(batch, context)
     finally:

@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import (
     AutoDiagonalNormal,
@@ -350,6 +351,18 @@ def test_mismatched_sites_are_named():
 
     with pytest.raises(ValueError, match=r"it lacks \['b'\] and has \['c'\] that the model lacks"):
         fit(line, guide, Y, **QUIET)
+
+
+def test_a_site_to_be_summed_out_has_a_way_out() -> None:
+    def model() -> None:
+        side = pyro.sample("side", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(side, 1.0))
+
+    guide = AutoNormal(poutine.block(model, hide=["side"]))
+    with pytest.raises(
+        ValueError, match=r"lacks \['side'\].*`side` is to be summed.*TraceEnum_ELBO"
+    ):
+        fit(model, guide, num_steps=2, progress_bar=False)
 
 
 def test_no_latents_and_no_callable():

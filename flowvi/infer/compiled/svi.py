@@ -23,6 +23,7 @@ from flowvi.infer.compiled.step import Buffers, Layout
 from flowvi.infer.compiled.tracing import Program, modules_of, trace_program, used_parameters
 from flowvi.infer.optim import GlobalOptim
 from flowvi.infer.svi import FlowSVI, SingleProcess
+from flowvi.nn._store import is_shown_buffer
 from flowvi.objectives import Objective
 
 __all__ = ["CompiledSVI"]
@@ -156,7 +157,8 @@ class CompiledSVI(SingleProcess, pyro.infer.SVI):
         if self._flow_svi is not None:
             yield from self._flow_svi.named_parameters()
         else:
-            yield from pyro.get_param_store().named_parameters()
+            held = pyro.get_param_store().named_parameters()
+            yield from ((name, param) for name, param in held if not is_shown_buffer(param))
 
     def _report(self, program: CompiledProgram, values: Tensor) -> Tensor:
         values = values.clone()
