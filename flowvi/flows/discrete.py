@@ -138,6 +138,7 @@ def nsf(
     num_bins: int = 8,
     bound: float = 5.0,
     activation: Callable[[], nn.Module] = nn.Tanh,
+    compiled: bool = False,
 ) -> Flow:
     """Rational-quadratic spline couplings with random half masks.
 
@@ -151,13 +152,16 @@ def nsf(
         num_bins: number of bins of each spline, at least 2.
         bound: half-width of the interval that the splines act on, positive.
         activation: makes the networks' nonlinearity.
+        compiled: run the splines through ``torch.compile``, see
+            :class:`flowvi.transforms.RationalQuadratic`.
 
     References:
         Durkan, Bekasov, Murray and Papamakarios (2019), Neural spline flows, arXiv:1906.04032,
         section 3, RQ-NSF (C).
     """
     sizes = Sizes(input_dim, context_dim, num_layers, hidden_dims)
-    return sizes.finish(sizes.couplings(RationalQuadratic(num_bins, bound), activation))
+    spline = RationalQuadratic(num_bins, bound, compiled=compiled)
+    return sizes.finish(sizes.couplings(spline, activation))
 
 
 def iaf(
