@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from flowvi.diagnostics import active_units
 from flowvi.infer import GlobalOptim, Schedule
 from flowvi.infer.checkpoint import save_checkpoint
+from flowvi.infer.compiled import CompiledSVI
 from flowvi.models import (
     VAE,
     BernoulliLikelihood,
@@ -214,9 +215,8 @@ class Training:
             return levels
         return (torch.rand_like(levels) < levels / (self.data.num_levels - 1)).float()
 
-    def go_on(self, until: float, file: Path | None, look_every: int) -> None:
+    def go_on(self, svi: SVI, until: float, file: Path | None, look_every: int) -> None:
         """Train until the end or a time, looking at the validation set now and then."""
-        svi = SVI(self.pair.model, self.pair.guide, self.optim, self.objective)
         for x in self.batches():
             began = time.perf_counter()
             svi.step(x)
@@ -307,6 +307,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--look-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="stop training then")
     parser.add_argument("--checkpoints", type=Path, help="folder to save to and to resume from")
+    parser.add_argument("--compiled", action="store_true", help="steps as one compiled graph")
     parser.add_argument("--quick", action="store_true", help="small networks, few steps")
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser.parse_args()
@@ -346,8 +347,12 @@ def main() -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 if file.exists():
                     training.resume(file)
-            training.go_on(until, file, options.look_every)
-            row = {**measure(training, run.published, options), "lr": lr, "batch": settings.batch}
+            program = (training.pair.model, training.pair.guide, training.optim)
+            make = CompiledSVI if options.compiled else SVI
+            svi = make(*program, training.objective)
+            training.go_on(svi, until, file, options.look_every)
+            row = measure(training, run.published, options)
+            row |= {"lr": lr, "batch": settings.batch, "compiled": options.compiled}
             if name == "frey":
                 row["channels"] = list(options.channels)
             results.setdefault(name, {})[label] = row

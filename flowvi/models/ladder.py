@@ -73,9 +73,11 @@ class LadderStage(Stage):
     def prior(self, state: Tensor | None) -> Distribution:
         return self.law() if state is None else self.law(state)
 
-    def posterior(self, state: Tensor | None, evidence: Tensor) -> Distribution:
+    def posterior(
+        self, prior: Distribution, state: Tensor | None, evidence: Tensor
+    ) -> Distribution:
         seen = normal_of(evidence)
-        return seen if state is None else precision_weighted(seen, self.law(state))
+        return seen if state is None else precision_weighted(seen, prior)
 
     def advance(self, state: Tensor | None, z: Tensor) -> Tensor:
         return z

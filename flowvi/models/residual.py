@@ -68,8 +68,7 @@ class ResidualStage(Stage):
         loc, raw = batched(self.prior_net, state).chunk(2, -3)
         return _normal_map(loc, scale_of(raw))
 
-    def posterior(self, state: Tensor, evidence: Tensor) -> Distribution:
-        prior = self.prior(state)
+    def posterior(self, prior: Distribution, state: Tensor, evidence: Tensor) -> Distribution:
         lead = common_shape(state.shape[:-3], evidence.shape[:-3])
         both = torch.cat([t.expand(*lead, *t.shape[-3:]) for t in (state, evidence)], -3)
         shift, raw = batched(self.correction_net, both).chunk(2, -3)

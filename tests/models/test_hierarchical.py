@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import Predictive
 from registry import IMAGE
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -20,7 +25,7 @@ from flowvi.models import (
     TopDownVAE,
     precision_weighted,
 )
-from flowvi.objectives import BetaELBO, FreeBits, LinearSchedule
+from flowvi.objectives import ELBO, BetaELBO, FreeBits, LinearSchedule
 
 SMALL = (1, 2, 2)
 MAKERS = {
@@ -104,7 +109,8 @@ def test_top_of_a_ladder_sees_the_image_alone():
     sites = pair.posterior_trace(x)
     evidence = pair.encoder(x)
     assert torch.allclose(sites["z2"]["fn"].mean[0], evidence[0][:, :2])
-    below = pair.stages[1].posterior(sites["z2"]["value"], evidence[1])
+    above = sites["z2"]["value"]
+    below = pair.stages[1].posterior(pair.stages[1].prior(above), above, evidence[1])
     assert torch.allclose(sites["z1"]["fn"].mean, below.mean)
     assert list(sites) == ["z2", "z1"]
 
@@ -148,3 +154,142 @@ def test_errors():
         ResidualVAE(likelihood, (1, 1, 1, 1))
     with pytest.raises(ValueError, match="`stages` must hold at least one stage"):
         TopDownVAE(nn.Identity(), [], nn.Identity(), likelihood)
+
+
+TOP_DOWN = {
+    "ladder": lambda: LadderVAE(BernoulliLikelihood(IMAGE), (3, 2, 2), (6, 5, 4)),
+    "residual": lambda: ResidualVAE(
+        BernoulliLikelihood(IMAGE), (1, 1), width=4, latent_channels=2
+    ),
+}
+
+
+def runs_of(pair: TopDownVAE) -> Counter:
+    """Counts, from now on, how often each prior network and each step of a state is evaluated."""
+    counts: Counter = Counter()
+
+    def counted(key: tuple[int, str], call: Callable) -> Callable:
+        def counting(*args: object) -> object:
+            counts[key] += 1
+            return call(*args)
+
+        return counting
+
+    for k, stage in enumerate(pair.stages):
+        for method in ("prior", "advance"):
+            setattr(stage, method, counted((k, method), getattr(stage, method)))
+    return counts
+
+
+def forget(pair: TopDownVAE) -> Callable:
+    """The pair's model without what the guide has made."""
+
+    def model(*args: object) -> Tensor:
+        pair._pass = None
+        return pair.model(*args)
+
+    return model
+
+
+@pytest.mark.parametrize("name", TOP_DOWN)
+@pytest.mark.parametrize("particles", [1, 3])
+def test_networks_run_once_in_a_step_and_give_the_same_loss_and_gradients(
+    name: str, particles: int
+):
+    pair = TOP_DOWN[name]()
+    for parameter in pair.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = (torch.rand(8, *IMAGE) < 0.5).double()
+    objective = ELBO(particles, max_plate_nesting=1)
+    before, counts, results = copy.deepcopy(pair.state_dict()), runs_of(pair), []
+    for model, runs in ((forget(pair), 2), (pair.model, 1)):
+        pair.load_state_dict(before)
+        pair.zero_grad()
+        counts.clear()
+        torch.manual_seed(1)
+        loss = objective.differentiable_loss(model, pair.guide, x)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in pair.parameters())])
+        assert set(counts.values()) == {runs}
+        assert len(counts) == 2 * len(pair.stages)
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_batch_normalisation_updates_once_in_a_step():
+    pair = TOP_DOWN["ladder"]()
+    x = (torch.rand(8, *IMAGE) < 0.5).double()
+    ELBO(max_plate_nesting=1).differentiable_loss(pair.model, pair.guide, x)
+    norms = [m for m in pair.modules() if isinstance(m, nn.BatchNorm1d)]
+    assert {int(norm.num_batches_tracked) for norm in norms} == {1}
+    poutine.trace(pair.model).get_trace(x)
+    priors = [m for m in pair.stages.modules() if isinstance(m, nn.BatchNorm1d)]
+    assert {int(norm.num_batches_tracked) for norm in priors} == {2}
+
+
+@torch.no_grad()
+def _nudge(pair: TopDownVAE) -> None:
+    for parameter in pair.parameters():
+        parameter.add_(0.1)
+
+
+CHANGES = {
+    "parameters": _nudge,
+    "running statistics": lambda pair: [
+        m.running_var.mul_(2) for m in pair.modules() if isinstance(m, nn.BatchNorm1d)
+    ],
+    "mode": lambda pair: pair.train(),
+    "copied": lambda pair: pair.load_state_dict(TOP_DOWN["ladder"]().state_dict()),
+    "other parameters": lambda pair: [
+        setattr(m, "weight", nn.Parameter(m.weight * 2))
+        for m in pair.stages.modules()
+        if isinstance(m, nn.Linear)
+    ],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_nothing_is_taken_over_after_a_change(change: str):
+    pair = TOP_DOWN["ladder"]().eval()
+    x = (torch.rand(8, *IMAGE) < 0.5).double()
+    guide_trace = poutine.trace(pair.guide).get_trace(x)
+    CHANGES[change](pair)
+    replayed = poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(x)
+    other = copy.deepcopy(pair)
+    fresh = poutine.trace(poutine.replay(other.model, trace=guide_trace)).get_trace(x)
+    for key in ("z1", "z2", "z3"):
+        first, second = replayed.nodes[key]["fn"], fresh.nodes[key]["fn"]
+        assert torch.allclose(first.mean, second.mean)
+        assert torch.allclose(first.stddev, second.stddev)
+
+
+def test_only_the_guides_own_draws_are_taken_over():
+    pair = TOP_DOWN["ladder"]().eval()
+    x = (torch.rand(8, *IMAGE) < 0.5).double()
+    guide_trace = poutine.trace(pair.guide).get_trace(x)
+    other = torch.randn(8, 2)
+    model = poutine.condition(poutine.replay(pair.model, trace=guide_trace), data={"z2": other})
+    sites = poutine.trace(model).get_trace(x).nodes
+    assert torch.allclose(sites["z1"]["fn"].mean, pair.stages[2].prior(other).mean)
+    assert pair._pass is None
+
+
+def test_a_graph_is_made_where_the_guide_made_none():
+    pair = TOP_DOWN["residual"]()
+    x = (torch.rand(4, *IMAGE) < 0.5).double()
+    with torch.no_grad():
+        guide_trace = poutine.trace(pair.guide).get_trace(x)
+    model_trace = poutine.trace(poutine.replay(pair.model, trace=guide_trace)).get_trace(x)
+    model_trace.log_prob_sum().backward()
+    assert all(p.grad is not None for p in pair.stages[1].prior_net[-1].parameters())
+
+
+def test_predictive_and_copies_after_a_step():
+    pair = TOP_DOWN["ladder"]()
+    x = (torch.rand(4, *IMAGE) < 0.5).double()
+    pair.guide(x)
+    copied = pickle.loads(pickle.dumps(pair))
+    assert copied._pass is None
+    pair.eval()
+    draws = Predictive(pair.model, guide=pair.guide, num_samples=3)(x)
+    assert draws["z1"].shape == (3, 4, 3)
