@@ -215,8 +215,7 @@ class CompiledSVI(SingleProcess, pyro.infer.SVI):
         named = list(self._trained(captured))
         # Without a comparison with eager runs, a second trace has to tell what is frozen.
         traced = trace_program(program, [param for _, param in named], twice=not self.check)
-        if self.check:
-            check_gradients(program, traced, self.check)
+        remark = check_gradients(program, traced, self.check) if self.check else ""
         names = {id(param): name for name, param in named}
         named = [(names[id(param)], param) for param in traced.params]
         state = state_of(self.optim, named)
@@ -231,7 +230,7 @@ class CompiledSVI(SingleProcess, pyro.infer.SVI):
         seconds = time.perf_counter() - began
         self.notes.append(
             f"Steps are one graph of {compiled.num_operations} operations, made in "
-            f"{seconds:.1f} s. {compiled.loop.note}".strip()
+            f"{seconds:.1f} s. {remark} {compiled.loop.note}".replace("  ", " ").strip()
         )
         # Keys hold identities of what is no tensor, so it must not be freed.
         leaves = pytree.tree_leaves((args, kwargs))
