@@ -107,10 +107,10 @@ class UNet(Denoiser):
         self.last = nn.Sequential(_norm(present), nn.SiLU(), _zero(_conv(present, channels)))
 
     def predict(self, x: Tensor, condition: Tensor) -> Tensor:
-        batch = x.shape[:-1]
+        batch = torch.broadcast_shapes(x.shape[:-1], condition.shape[:-1])
         condition = self.condition(condition).expand(*batch, -1)
         condition = condition.reshape(-1, condition.shape[-1])
-        h = x.reshape(-1, *self.image_shape)
+        h = x.expand(*batch, -1).reshape(-1, *self.image_shape)
         h = self.first(h if self.fourier is None else self.fourier(h, dim=1))
         kept = [h]
         for layer in self.down:

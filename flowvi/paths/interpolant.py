@@ -101,6 +101,10 @@ class StochasticInterpolant(Path):
         self.schedule = Linear() if schedule is None else schedule
 
     @property
+    def noise_dim(self) -> int:
+        return 0 if self.gamma is None else self.dim
+
+    @property
     def generating_diffusion(self) -> Diffusion | None:
         return None if self.gamma is None else self.diffusion
 

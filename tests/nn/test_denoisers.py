@@ -67,6 +67,14 @@ def test_every_parameter_has_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+def test_many_times_of_the_same_states(name):
+    """Times may have dims that states lack, as for an encoder of the data."""
+    network = moved(NETWORKS[name](0))
+    x, t = torch.randn(5, 16), torch.rand(3, 5, 1)
+    torch.testing.assert_close(network(x, t), network(x.expand(3, 5, 16), t))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_meta_device_and_float32(name):
     network = NETWORKS[name](0).to("meta")
     x, t = torch.empty(5, 16, device="meta"), torch.empty(5, 1, device="meta")

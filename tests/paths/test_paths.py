@@ -214,7 +214,9 @@ def test_bridge_ends_at_the_data():
 def test_interpolant_without_noise_moves_at_its_velocity():
     path = StochasticInterpolant(2, None, 0.3)
     y = torch.randn(3, 4)
-    point = path.point(path.draw_noise((3,)), times(), y)
+    noise = path.draw_noise((3,))
+    assert noise.shape == (3, 0)
+    point = path.point(noise, times(), y)
     assert point.score is None
     torch.testing.assert_close(point.drift, y[:, 2:] - y[:, :2])
     with pytest.raises(NotImplementedError, match="without gamma has no density"):
