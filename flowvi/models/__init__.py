@@ -51,6 +51,7 @@ from flowvi.models.likelihoods import (
     Likelihood,
     NormalLikelihood,
 )
+from flowvi.models.marginals import Marginals, MLPMarginals, RhythmicMarginals
 from flowvi.models.neural_diffusion import NeuralFlowDiffusion
 from flowvi.models.ode_likelihood import ODELikelihood
 from flowvi.models.pair import ELBOTerms, LogLikelihood, ModelGuidePair
@@ -122,6 +123,8 @@ __all__ = [
     "LogLikelihood",
     "MLPDecoder",
     "MLPEncoder",
+    "MLPMarginals",
+    "Marginals",
     "ModelGuidePair",
     "NeuralFlowDiffusion",
     "NormalLikelihood",
@@ -136,6 +139,7 @@ __all__ = [
     "RecurrentEncoder",
     "ResidualStage",
     "ResidualVAE",
+    "RhythmicMarginals",
     "ScoreModel",
     "SeriesEncoder",
     "SimulatedLatent",

@@ -146,6 +146,10 @@ class DiffusionMLP(StateDiffusion):
             raise ValueError(f"`scale` must be positive; got {scale!r}.")
         super().__init__(_Coordinatewise(dim, hidden_dim, scale), elementwise=True)
 
+    def divergence(self, x: Tensor, t: Tensor) -> Tensor:
+        value, slope = self.b.with_slope(x)
+        return value * slope
+
 
 class _Coordinatewise(nn.Module):
     """A network with one hidden layer for each coordinate, between 0 and a bound."""
@@ -159,8 +163,20 @@ class _Coordinatewise(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        hidden = torch.tanh(x.unsqueeze(-1) * self.first + self.bias)
-        return self.scale * torch.sigmoid((hidden * self.last).sum(-1) + self.offset) + 1e-3
+        return self.scale * torch.sigmoid(self._raw(self._hidden(x))) + 1e-3
+
+    def with_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Value, and its derivative in the coordinate."""
+        hidden = self._hidden(x)
+        part = torch.sigmoid(self._raw(hidden))
+        inner = ((1 - hidden.square()) * (self.last * self.first)).sum(-1)
+        return self.scale * part + 1e-3, self.scale * part * (1 - part) * inner
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return torch.tanh(x.unsqueeze(-1) * self.first + self.bias)
+
+    def _raw(self, hidden: Tensor) -> Tensor:
+        return (hidden * self.last).sum(-1) + self.offset
 
 
 class _BoundDrift(Drift):

@@ -17,6 +17,7 @@ from flowvi.distributions.simulated import LogRatio, SimulatedPosterior, Simulat
 from flowvi.models._series import refine
 from flowvi.models.drifts import DriftMLP, next_of, pick
 from flowvi.models.encoders import SeriesEncoder
+from flowvi.models.marginals import Marginals, MLPMarginals, scale_of
 from flowvi.nn.mlp import MLP
 from flowvi.paths.gaussian import GaussianPath
 from flowvi.paths.sde import SDE
@@ -198,9 +199,13 @@ class SimulationFreeLatent(LatentPosterior):
         dim: number of dimensions of the state.
         span: first and last time of the process; all observations lie within, and the divergence
             is that over the whole span.
-        hidden_dims: hidden widths of the network of mean and scale.
+        hidden_dims: hidden widths of the network of mean and scale, where it is left out.
+        marginals: that network; :class:`MLPMarginals` if left out.
         num_times: random times for each series; more lower the variance.
         num_steps: steps of a simulation, when the prior is drawn from.
+
+    Raises:
+        ValueError: if ``marginals`` have other sizes.
 
     References:
         Bartosh, Vetrov and Naesseth (2025), SDE matching: scalable and simulation-free training
@@ -214,6 +219,7 @@ class SimulationFreeLatent(LatentPosterior):
         *,
         span: tuple[float, float] = (0.0, 1.0),
         hidden_dims: Sequence[int] = (64, 64),
+        marginals: Marginals | None = None,
         num_times: int = 4,
         num_steps: int = 100,
     ) -> None:
@@ -223,13 +229,13 @@ class SimulationFreeLatent(LatentPosterior):
         self.num_times = num_times
         self.num_steps = num_steps
         self.times = UniformTimes(*span)
-        self.network = MLP(
-            encoder.context_dim + 1,
-            hidden_dims,
-            2 * dim,
-            activation=nn.Softplus,
-            zero_last=False,
-        )
+        sizes = encoder.context_dim, dim
+        if marginals is not None and (marginals.context_dim, marginals.dim) != sizes:
+            raise ValueError(
+                f"`marginals` must have the encoder's context_dim and dim, {sizes}; got "
+                f"{(marginals.context_dim, marginals.dim)}."
+            )
+        self.network = MLPMarginals(*sizes, hidden_dims) if marginals is None else marginals
 
     def prior(self, process: SDE, start: Distribution, times: Tensor) -> PathPrior:
         return PathPrior(
@@ -279,26 +285,33 @@ class SimulationFreeLatent(LatentPosterior):
 class _MarginalPath(GaussianPath):
     """Gaussian marginals whose mean and scale are one network of context and time."""
 
-    def __init__(self, dim: int, network: MLP, diffusion: nn.Module, at: Tensor | None) -> None:
+    def __init__(
+        self, dim: int, network: Marginals, diffusion: nn.Module, at: Tensor | None
+    ) -> None:
         super().__init__(dim, None, None, diffusion)
         self.network = network
         self.at = at
 
     def moments(self, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        context = y if self.at is None else between(self.at, y, t)
-        lead = torch.broadcast_shapes(context.shape[:-1], t.shape[:-1])
-        both = torch.cat([context.expand(*lead, -1), t.expand(*lead, 1)], -1)
-        mean, raw = self.network(both).chunk(2, -1)
-        return mean, scale_of(raw)
+        return self.network(y if self.at is None else between(self.at, y, t)[0], t)
+
+    def moments_and_rates(
+        self, t: Tensor, y: Tensor | None = None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        context = (y, None) if self.at is None else between(self.at, y, t)
+        return self.network.with_rate(*context, t)
 
 
-def between(at: Tensor, rows: Tensor, t: Tensor) -> Tensor:
+def between(at: Tensor, rows: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Rows ``(*batch, num, size)``, given at times ``at``, interpolated linearly to times t.
 
     Args:
         at: increasing times, ``(num,)`` or ``(*batch, num)``; outside, the end rows are held.
         rows: one for each of them.
         t: times, ``(*times, *batch or ones, 1)``.
+
+    Returns:
+        Values, and their derivatives in time.
     """
     index, _ = next_of(at, t.detach())
     index = index.clamp(min=1)
@@ -306,12 +319,9 @@ def between(at: Tensor, rows: Tensor, t: Tensor) -> Tensor:
     # Intervals without length belong to padding; there the later row counts.
     width = high - low
     part = torch.where(width > 0, (t - low) / torch.where(width > 0, width, 1.0), 1.0)
-    return torch.lerp(pick(rows, index - 1), pick(rows, index), part.clamp(0, 1))
-
-
-def scale_of(raw: Tensor) -> Tensor:
-    """A positive scale, 1 at zero, bounded away from zero."""
-    return nn.functional.softplus(raw + 0.5413) + 1e-4
+    slope = torch.where((width > 0) & (part >= 0) & (part <= 1), 1 / width, 0.0)
+    first, last = pick(rows, index - 1), pick(rows, index)
+    return torch.lerp(first, last, part.clamp(0, 1)), (last - first) * slope
 
 
 def normal_of(parameters: Tensor) -> Distribution:

@@ -12,7 +12,9 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 from flowvi.models._series import check_series, refine, settle_times
-from flowvi.models.latent_posteriors import LatentPosterior, scale_of
+from flowvi.models._stored import StoredModule
+from flowvi.models.latent_posteriors import LatentPosterior
+from flowvi.models.marginals import scale_of
 from flowvi.nn.mlp import MLP
 from flowvi.paths.sde import SDE
 from flowvi.samplers import EulerMaruyama, simulate
@@ -107,16 +109,16 @@ class Prediction:
     means: Tensor
 
 
-class LatentSDE(nn.Module):
+class LatentSDE(StoredModule):
     r"""Series that a latent process generates, with a guide over its paths.
 
     .. math:: x_0 \sim p_0, \qquad dx = f(x, t)\,dt + b(x, t)\,dW, \qquad
         y_i \sim p(y \mid x_{t_i})
 
-    ``model`` and ``guide`` are a pair for stock ``SVI`` and for :func:`flowvi.infer.fit`. The
-    guide's posterior is simulated (:class:`SimulatedLatent`) or simulation-free
-    (:class:`SimulationFreeLatent`), with the prior's diffusion by construction. The process
-    without noise gives a latent ODE.
+    ``model`` and ``guide`` are a pair for stock ``SVI`` and for :func:`flowvi.infer.fit`; each
+    instance has names of its own in Pyro's parameter store. The guide's posterior is simulated
+    (:class:`SimulatedLatent`) or simulation-free (:class:`SimulationFreeLatent`), with the
+    prior's diffusion by construction. The process without noise gives a latent ODE.
 
     Args:
         process: prior process, whose first time is that of the first observation.
@@ -186,7 +188,7 @@ class LatentSDE(nn.Module):
             States at the times, ``(*batch, T, dim)``.
         """
         times = self._settle(data, times, mask)
-        pyro.module("latent_sde", self)
+        self._register()
         with self._plate(data, times, mask, num_series):
             law = self.posterior.prior(self.process, self.start(), times)
             value = pyro.sample("path", law)
@@ -205,7 +207,7 @@ class LatentSDE(nn.Module):
         if data is None:
             raise ValueError("`data` must be given to the guide, which encodes it; got None.")
         times = self._settle(data, times, mask)
-        pyro.module("latent_sde", self)
+        self._register()
         with self._plate(data, times, mask, num_series):
             law = self.posterior.law(self.process, data, times, mask)
             return pyro.sample("path", law)

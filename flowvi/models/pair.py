@@ -14,9 +14,9 @@ from pyro import poutine
 from pyro.distributions import Distribution
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowvi.nn._store import claim_store_name, module_tensors
+from flowvi.models._stored import StoredModule
 from flowvi.objectives._constants import leaf_of
 
 __all__ = ["ELBOTerms", "LogLikelihood", "ModelGuidePair", "check_context"]
@@ -66,7 +66,7 @@ class LogLikelihood:
         return self.value.std() / math.sqrt(len(self.value))
 
 
-class ModelGuidePair(nn.Module, ABC):
+class ModelGuidePair(StoredModule, ABC):
     r"""Base of models of independent items with latents, and of the guides for them.
 
     .. math:: x_i \sim p(x \mid z_i), \quad z_i \sim p(z), \qquad q(z_i \mid x_i)
@@ -91,7 +91,6 @@ class ModelGuidePair(nn.Module, ABC):
         if num_total is not None and (not isinstance(num_total, int) or num_total < 1):
             raise ValueError(f"`num_total` must be a positive integer or None; got {num_total!r}.")
         self.num_total = num_total
-        self._store_name = type(self).__name__.lower()
 
     # What a new pair writes.
 
@@ -324,22 +323,6 @@ class ModelGuidePair(nn.Module, ABC):
     def _checked(self, x: Tensor | None, context: Tensor | None) -> Tensor | None:
         looks = is_validation_enabled() and not torch.compiler.is_compiling()
         return self.check(x, context, values=looks and not (x is None or x.is_meta))
-
-    def _register(self) -> None:
-        """Show the parameters to Pyro, under a name that no other pair has."""
-        own = {f".{n}": t for n, t in module_tensors(self)}
-        trained = {s: p for s, p in own.items() if p.requires_grad}
-        shown = trained | {s: t for s, t in own.items() if not isinstance(t, nn.Parameter)}
-        self._store_name = claim_store_name(self._store_name, shown)
-        for suffix, parameter in trained.items():
-            pyro.param(self._store_name + suffix, parameter)
-
-    def __getstate__(self) -> dict:
-        # Pyro hangs a weak reference on every parameter that it hands out, anew in every step;
-        # it cannot be pickled.
-        for parameter in self.parameters():
-            vars(parameter).pop("unconstrained", None)
-        return self.__dict__.copy()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -8,8 +8,8 @@ import torch
 from pyro.distributions import Distribution, Normal
 from torch import Tensor, nn
 
-from flowvi.models.latent_posteriors import scale_of
 from flowvi.models.likelihoods import Likelihood
+from flowvi.models.marginals import scale_of
 from flowvi.models.top_down import Stage, TopDownVAE
 from flowvi.nn.conv import batched
 from flowvi.transforms.base import common_shape

@@ -27,7 +27,7 @@ from flowvi.nn.fields import VectorField
 from flowvi.nn.mlp import MLP, check_sizes
 from flowvi.nn.time_embedding import FourierTime
 
-__all__ = ["LayeredField", "value_and_slope"]
+__all__ = ["LayeredField"]
 
 
 class Prepared(NamedTuple):
@@ -208,14 +208,6 @@ class LayeredField(VectorField):
                 layer.weight[-self._sizes[-1] :].zero_()
                 if layer.bias is not None:
                     layer.bias[-self._sizes[-1] :].zero_()
-
-
-def value_and_slope(activation: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
-    """An elementwise activation and its derivative."""
-    if type(activation) is nn.Tanh:
-        value = torch.tanh(z)
-        return value, torch.addcmul(z.new_ones(()), value, value, value=-1)
-    return torch.func.jvp(activation, (z,), (torch.ones_like(z),))
 
 
 def _bilinear(core: Tensor, slopes: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowvi.nn._layered import LayeredField, value_and_slope
+from flowvi.nn._layered import LayeredField
+from flowvi.nn.mlp import value_and_slope
 
 __all__ = ["ConcatSquashField", "GatedField", "MLPField"]
 

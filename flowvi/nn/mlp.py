@@ -90,6 +90,23 @@ class MLP(nn.Module):
 
         return h, pull
 
+    def forward_with_tangent(
+        self, x: Tensor, tangent: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output and its derivative along a tangent of ``x``, at a fixed context, with a graph.
+
+        Same as forward mode, and several times faster for small batches, where that one spends
+        its time on bookkeeping.
+        """
+        first, *others = self.layers
+        h, dh = F.linear(x, first.weight, first.bias), F.linear(tangent, first.weight)
+        if self.context_dim:
+            h = h + self.context_layer(context)
+        for layer in others:
+            h, slope = value_and_slope(self.activation, h)
+            h, dh = F.linear(h, layer.weight, layer.bias), F.linear(dh * slope, layer.weight)
+        return h, dh
+
     def _forward_with_hidden(
         self, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
@@ -133,6 +150,16 @@ def linear_by_columns(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear map whose output is stored column by column."""
     out = torch.addmm(bias[:, None], weight, x.reshape(-1, x.shape[-1]).t())
     return out.reshape(len(weight), *x.shape[:-1]).movedim(0, -1)
+
+
+def value_and_slope(activation: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
+    """An elementwise activation and its derivative, with a graph."""
+    if type(activation) is nn.Tanh:
+        value = torch.tanh(z)
+        return value, torch.addcmul(z.new_ones(()), value, value, value=-1)
+    if type(activation) is nn.Softplus:
+        return activation(z), torch.sigmoid(activation.beta * z)
+    return torch.func.jvp(activation, (z,), (torch.ones_like(z),))
 
 
 # Derivative of an activation as a function of its value.

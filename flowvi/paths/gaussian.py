@@ -81,15 +81,21 @@ class GaussianPath(_NormalMarginals):
     def moments(self, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.alpha(y, t), self.beta(y, t)
 
+    def moments_and_rates(
+        self, t: Tensor, y: Tensor | None = None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Mean and scale, and the derivatives of both in time."""
+        return time_derivative(lambda t: self.moments(t, y), t)
+
     def point(self, eps: Tensor, t: Tensor, y: Tensor | None = None) -> PathPoint:
-        (mean, scale), (d_mean, d_scale) = time_derivative(lambda t: self.moments(t, y), t)
+        (mean, scale), (d_mean, d_scale) = self.moments_and_rates(t, y)
         state, velocity, score = mean + scale * eps, d_mean + d_scale * eps, -eps / scale
         return self._complete(state, t, velocity, score)
 
     def field_and_log_prob(
         self, x: Tensor, t: Tensor, y: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        (mean, scale), (d_mean, d_scale) = time_derivative(lambda t: self.moments(t, y), t)
+        (mean, scale), (d_mean, d_scale) = self.moments_and_rates(t, y)
         eps = (x - mean) / scale
         return d_mean + d_scale * eps, -eps / scale, normal_log_prob(x, mean, scale)
 

@@ -21,8 +21,10 @@ from flowvi.models import (
     FirstFramesEncoder,
     GaussianDecoder,
     LatentSDE,
+    MLPMarginals,
     NormalStart,
     RecurrentEncoder,
+    RhythmicMarginals,
     SimulatedLatent,
     SimulationFreeLatent,
 )
@@ -48,6 +50,8 @@ CASES: dict[str, tuple[str, dict | None]] = {
     "heun": ("recurrent", {"solver": StochasticHeun()}),
     "simulation-free": ("recurrent", None),
     "simulation-free, first frames": ("first frames", None),
+    "simulation-free, rhythm": ("first frames", {"marginals": "rhythm"}),
+    "simulation-free, rhythm that changes": ("recurrent", {"marginals": "rhythm"}),
     "no noise": ("recurrent", {"drift": None}),
 }
 
@@ -56,8 +60,11 @@ def build(name: str) -> LatentSDE:
     encoder_name, options = CASES[name]
     encoder = ENCODERS[encoder_name]()
     noise: object = StateDiffusion(_Noise(), elementwise=True)
-    if options is None:
-        posterior = SimulationFreeLatent(encoder, DIM, hidden_dims=(8,), num_times=2, num_steps=9)
+    if options is None or "marginals" in options:
+        rhythm = RhythmicMarginals(3, DIM, 0.5, (8,), num_harmonics=2) if options else None
+        posterior = SimulationFreeLatent(
+            encoder, DIM, hidden_dims=(8,), marginals=rhythm, num_times=2, num_steps=9
+        )
     else:
         options = {"drift": DriftMLP(DIM, (8,), 3), "steps_per_interval": 3, **options}
         noise = None if options["drift"] is None else noise
@@ -303,11 +310,14 @@ def test_forecast_is_at_the_asked_times():
 @pytest.mark.parametrize("per_item", [False, True])
 def test_contexts_are_interpolated_linearly(per_item: bool):
     at, rows = torch.tensor([0.1, 0.4, 0.5, 1.0]), torch.randn(2, 4, 1)
-    t = torch.linspace(0, 1.2, 37)
-    found = between(at.expand(2, -1) if per_item else at, rows, t.reshape(-1, 1, 1))
+    t = torch.linspace(0.003, 1.2, 37)
+    spread = at.expand(2, -1) if per_item else at
+    found, rate = between(spread, rows, t.reshape(-1, 1, 1))
     for i in range(2):
         expected = numpy.interp(t.numpy(), at.numpy(), rows[i, :, 0].numpy())
         assert torch.allclose(found[:, i, 0], torch.as_tensor(expected))
+    later = between(spread, rows, t.reshape(-1, 1, 1) + 1e-7)[0]
+    torch.testing.assert_close((later - found) / 1e-7, rate, rtol=1e-6, atol=1e-6)
 
 
 def test_grid_of_each_series_holds_its_times():
@@ -496,3 +506,20 @@ def test_drift_that_is_not_finite_is_named():
         loss = ELBO().loss(latent.model, latent.guide, *args)
         assert math.isnan(loss)
         assert latent.terms(*args).elbo.isnan().all()
+
+
+def test_two_side_by_side_train_their_own_parameters():
+    pair, args = [build("first frames"), build("simulation-free")], series(False, False)
+    before = [[p.detach().clone() for p in latent.parameters()] for latent in pair]
+    optimizer = pyro.optim.Adam({"lr": 0.01})
+    for latent in pair:
+        SVI(latent.model, latent.guide, optimizer, Trace_ELBO()).step(*args)
+    for latent, old in zip(pair, before, strict=True):
+        assert any(not torch.equal(p, o) for p, o in zip(latent.parameters(), old, strict=True))
+        held = pyro.get_param_store()._params.values()
+        assert {id(p) for p in latent.parameters()} <= {id(p) for p in held}
+
+
+def test_marginals_must_fit_the_encoder():
+    with pytest.raises(ValueError, match="`marginals` must have the encoder's context_dim"):
+        SimulationFreeLatent(ENCODERS["recurrent"](), DIM, marginals=MLPMarginals(4, DIM))
