@@ -2,6 +2,7 @@
 
     python benchmarks/flows.py            # dimensions 8 and 64; a few minutes, one thread
     python benchmarks/flows.py --quick    # dimension 8, few repeats
+    python benchmarks/flows.py --dims 64 --kinds realnvp   # one of the cases anew
 
 The same architecture in every library: 5 layers, conditioner with hidden layers (256, 256) and
 ReLU, batch 1024, float32. Times are medians of process CPU time; a case whose first call takes
@@ -12,8 +13,8 @@ conditioners' matrix products alone, without masks, activations or the maps them
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
-from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,54 +22,22 @@ from typing import Any
 # Before torch: it limits every library to one thread.
 from _timing import Timing, facts, interleave, steady_allocator, table, write_json  # isort: skip
 import torch
-from torch import Tensor, nn
+from _flow_peers import (
+    BATCH,
+    BINS,
+    BOUND,
+    COLUMNS,
+    HIDDEN,
+    LAYERS,
+    PEERS,
+    Cases,
+    alternating,
+    cases,
+)
+from torch import nn
 
-LAYERS, HIDDEN, BATCH, BINS, BOUND = 5, (256, 256), 1024, 8, 5.0
 KINDS = ("realnvp", "maf", "iaf", "spline coupling", "spline autoregressive")
-COLUMNS = ("log_prob", "log_prob, backward", "sample", "sample and log_prob, backward")
 SLOW_COLUMNS = {"maf": COLUMNS[2:], "iaf": COLUMNS[:2], "spline autoregressive": COLUMNS[2:]}
-# nflows and normflows: two hidden layers.
-MADE = {"hidden_features": HIDDEN[0], "num_blocks": 1, "use_residual_blocks": False}
-
-Cases = dict[str, Callable[[], object]]
-
-
-def cases(
-    dim: int,
-    parameters: Iterable[nn.Parameter],
-    log_prob: Callable[[Tensor], Tensor],
-    sample: Callable[[], Tensor],
-    sample_and_log_prob: Callable[[], tuple[Tensor, Tensor]],
-) -> Cases:
-    """The four timed functions of a flow, from three of its methods."""
-    parameters = [p for p in parameters if p.requires_grad]
-    data = torch.randn(BATCH, dim)
-
-    def clear() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-
-    def score_backward() -> None:
-        clear()
-        log_prob(data).mean().backward()
-
-    def sample_backward() -> None:
-        clear()
-        x, log_q = sample_and_log_prob()
-        (log_q + 0.5 * x.square().sum(-1)).mean().backward()
-
-    quiet = torch.no_grad()
-    return dict(
-        zip(
-            COLUMNS,
-            (quiet(lambda: log_prob(data)), score_backward, quiet(sample), sample_backward),
-            strict=True,
-        )
-    )
-
-
-def alternating(dim: int, layer: int) -> Tensor:
-    return torch.arange(dim) % 2 == layer % 2
 
 
 def flowvi_cases(kind: str, dim: int, *, compiled: bool = False) -> Cases:
@@ -104,169 +73,6 @@ def flowvi_cases(kind: str, dim: int, *, compiled: bool = False) -> Cases:
     )
 
 
-def zuko_cases(kind: str, dim: int) -> Cases:
-    import zuko
-    from zuko.flows import MAF, NSF, RealNVP
-    from zuko.flows.coupling import GeneralCouplingTransform
-    from zuko.lazy import Flow
-
-    common = {"transforms": LAYERS, "hidden_features": HIDDEN}
-    if kind == "realnvp":
-        flow = RealNVP(dim, **common)
-    elif kind == "spline autoregressive":
-        flow = NSF(dim, bins=BINS, **common)
-    elif kind == "spline coupling":
-        spline = {
-            "univariate": zuko.transforms.MonotonicRQSTransform,
-            "shapes": [(BINS,), (BINS,), (BINS - 1,)],
-            "hidden_features": HIDDEN,
-        }
-        parts = [
-            GeneralCouplingTransform(dim, mask=alternating(dim, i), **spline)
-            for i in range(LAYERS)
-        ]
-        flow = Flow(parts, MAF(dim).base)
-    else:
-        flow = MAF(dim, **common)
-        flow = Flow(flow.transform.inv, flow.base) if kind == "iaf" else flow
-    return cases(
-        dim,
-        flow.parameters(),
-        lambda x: flow().log_prob(x),
-        lambda: flow().rsample((BATCH,)),
-        lambda: flow().rsample_and_log_prob((BATCH,)),
-    )
-
-
-def nflows_cases(kind: str, dim: int) -> Cases:
-    from nflows import transforms as T
-    from nflows.distributions.normal import StandardNormal
-    from nflows.flows.base import Flow
-
-    spline = {"num_bins": BINS, "tails": "linear", "tail_bound": BOUND}
-    made = {**MADE, "features": dim}
-    layers = []
-    for i in range(LAYERS):
-        mask = alternating(dim, i).int()
-        if kind == "realnvp":
-            layers.append(T.AffineCouplingTransform(mask, _plain_network))
-        elif kind == "spline coupling":
-            layers.append(
-                T.PiecewiseRationalQuadraticCouplingTransform(mask, _plain_network, **spline)
-            )
-        else:
-            layers.append(T.ReversePermutation(dim))
-            if kind == "spline autoregressive":
-                layer = T.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(**made, **spline)
-            else:
-                layer = T.MaskedAffineAutoregressiveTransform(**made)
-            layers.append(layer)
-    transform = T.CompositeTransform(layers)
-    transform = T.InverseTransform(transform) if kind == "iaf" else transform
-    flow = Flow(transform, StandardNormal([dim]))
-    return cases(
-        dim,
-        flow.parameters(),
-        flow.log_prob,
-        lambda: flow.sample(BATCH),
-        lambda: flow.sample_and_log_prob(BATCH),
-    )
-
-
-class _plain_network(nn.Sequential):  # noqa: N801 - a factory in the eyes of nflows
-    def __init__(self, num_in: int, num_out: int) -> None:
-        first, second = HIDDEN
-        super().__init__(
-            *(nn.Linear(num_in, first), nn.ReLU()),
-            *(nn.Linear(first, second), nn.ReLU()),
-            nn.Linear(second, num_out),
-        )
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return super().forward(x)
-
-
-def normflows_cases(kind: str, dim: int) -> Cases:
-    import normflows as nf
-    from normflows.flows.base import Reverse
-    from normflows.flows.neural_spline import autoregressive, coupling
-
-    made = {**MADE, "features": dim}
-    spline = {"num_bins": BINS, "tails": "linear", "tail_bound": BOUND}
-    layers = []
-    for i in range(LAYERS):
-        if kind == "realnvp":
-            layers.append(nf.flows.AffineCouplingBlock(_plain_network(dim // 2, dim)))
-        elif kind == "spline coupling":
-            mask = alternating(dim, i).int()
-            layers.append(
-                Reverse(
-                    coupling.PiecewiseRationalQuadraticCoupling(mask, _plain_network, **spline)
-                )
-            )
-            continue
-        elif kind == "spline autoregressive":
-            layer = autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive(**made, **spline)
-            layers.append(Reverse(layer))
-        else:
-            layer = nf.flows.MaskedAffineAutoregressive(**made)
-            layers.append(layer if kind == "iaf" else Reverse(layer))
-        layers.append(nf.flows.Permute(dim, mode="swap"))
-    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian(dim, trainable=False), layers)
-    return cases(
-        dim,
-        flow.parameters(),
-        flow.log_prob,
-        lambda: flow.sample(BATCH)[0],
-        lambda: flow.sample(BATCH),
-    )
-
-
-def pyro_cases(kind: str, dim: int) -> Cases:
-    import pyro
-    import pyro.distributions as dist
-    from pyro.distributions import transforms as T
-    from pyro.nn import AutoRegressiveNN, DenseNN
-
-    pyro.enable_validation(False)
-    half, hidden = dim // 2, list(HIDDEN)
-    modules, layers = [], []
-    for _ in range(LAYERS):
-        if kind == "realnvp":
-            layer = T.AffineCoupling(half, DenseNN(half, hidden, [dim - half, dim - half]))
-        elif kind == "spline coupling":
-            sizes = [(dim - half) * n for n in (BINS, BINS, BINS - 1)]
-            network = DenseNN(half, hidden, sizes)
-            layer = T.SplineCoupling(
-                dim, half, network, BINS, BOUND, order="quadratic", identity=True
-            )
-        elif kind == "spline autoregressive":
-            network = AutoRegressiveNN(dim, hidden, param_dims=[BINS, BINS, BINS - 1])
-            layer = T.SplineAutoregressive(dim, network, BINS, BOUND, order="quadratic")
-        else:
-            layer = T.AffineAutoregressive(AutoRegressiveNN(dim, hidden))
-        modules.append(layer)
-        layers.append(layer.inv if kind in ("maf", "spline autoregressive") else layer)
-        if kind in ("realnvp", "spline coupling"):
-            layers.append(T.Permute(torch.arange(dim).flip(0)))
-    flow = dist.TransformedDistribution(
-        dist.Normal(torch.zeros(dim), torch.ones(dim)).to_event(1), layers
-    )
-
-    def sample_and_log_prob() -> tuple[Tensor, Tensor]:
-        x = flow.rsample((BATCH,))
-        return x, flow.log_prob(x)
-
-    return cases(
-        dim,
-        (p for module in modules for p in module.parameters()),
-        # A new tensor object: the transforms remember the last one.
-        lambda x: flow.log_prob(x.clone()),
-        lambda: flow.rsample((BATCH,)),
-        sample_and_log_prob,
-    )
-
-
 def floor_cases(kind: str, dim: int) -> Cases:
     """The matrix products of one pass through every conditioner, and of its backward."""
     num_in = dim // 2 if kind in ("realnvp", "spline coupling") else dim
@@ -294,14 +100,9 @@ def floor_cases(kind: str, dim: int) -> Cases:
 LIBRARIES = {
     "flowvi": flowvi_cases,
     "flowvi, compiled": partial(flowvi_cases, compiled=True),
-    "zuko": zuko_cases,
-    "nflows": nflows_cases,
-    "normflows": normflows_cases,
-    "pyro": pyro_cases,
+    **PEERS,
     "matrix products": floor_cases,
 }
-
-PEERS = ("zuko", "nflows", "normflows", "pyro")
 
 
 def measure(kind: str, dim: int, repeats: int) -> dict[str, dict[str, Timing]]:
@@ -364,7 +165,7 @@ def report(kind: str, dim: int, timings: dict[str, dict[str, Timing]]) -> None:
         "to dense forward",
         "to dense, same column",
     )
-    for label in labels:
+    for label in (name for name in labels if any(name in row for row in found.values())):
         rows.append(
             [label, *(f"{found[c][label]:.2f}x" if label in found[c] else "" for c in COLUMNS)]
         )
@@ -389,15 +190,22 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    results: list[dict[str, Any]] = []
+    out = args.out or default
+    # Cases that are not measured now keep the numbers they have.
+    partial_run = (args.dims or args.kinds != list(KINDS)) and out.exists()
+    old = json.loads(out.read_text())["results"] if partial_run else []
+    results: dict[tuple[str, int], dict[str, Any]] = {(r["kind"], r["dim"]): r for r in old}
     for dim in dims:
         for kind in args.kinds:
             timings = measure(kind, dim, repeats)
             report(kind, dim, timings)
             records = {c: {n: t.record() for n, t in timings[c].items()} for c in COLUMNS}
-            results.append(
-                {"kind": kind, "dim": dim, "ms": records, "ratios": ratios(kind, timings)}
-            )
+            found = {"kind": kind, "dim": dim, "ms": records, "ratios": ratios(kind, timings)}
+            results[kind, dim] = found | {"command": facts()["command"]}
+            save(out, list(results.values()))
+
+
+def save(out: Path, results: list[dict[str, Any]]) -> None:
     setting = {
         "layers": LAYERS,
         "hidden": HIDDEN,
@@ -406,9 +214,8 @@ def main() -> None:
         "dtype": "float32",
     }
     packages = ("torch", "pyro-ppl", "zuko", "nflows", "normflows")
-    write_json(
-        args.out or default, {"facts": facts(*packages), "setting": setting, "results": results}
-    )
+    results = sorted(results, key=lambda r: (r["dim"], KINDS.index(r["kind"])))
+    write_json(out, {"facts": facts(*packages), "setting": setting, "results": results})
 
 
 if __name__ == "__main__":

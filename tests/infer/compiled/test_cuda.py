@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -111,6 +114,17 @@ def test_a_cuda_graph_needs_a_gpu():
     svi = CompiledSVI(model, guide, optim, ELBO(), backend=CudaGraph(), check=0)
     with pytest.raises(ValueError, match="`backend` must be Native for parameters on the CPU"):
         svi.step(DATA)
+
+
+@pytest.mark.slow
+def test_benchmark_without_a_gpu():
+    script = Path(__file__).parents[3] / "benchmarks" / "gpu.py"
+    if not torch.cuda.is_available():
+        refused = subprocess.run([sys.executable, script], capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert "a CUDA device must be present; got none." in refused.stderr
+    command = [sys.executable, script, "--dry-run"]
+    subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 @pytest.mark.gpu
