@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flowvi.nn._compiled import can_compile
 from flowvi.transforms._spline_bins import SideBySide
@@ -78,13 +79,18 @@ class RationalQuadratic(ElementwiseMap):
 
     def _map(self, value: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         value, params = _columns(value, params)
-        if value.shape == params.shape[1:] and can_compile(value):
+        if value.shape == params.shape[1:] and can_compile(value) and not _is_dual(value, params):
             bins = fastest(self.num_bins, self.bound, compiled=self.compiled)
             result, ladj = SplinePass.apply(bins, inverse, value, params)
         else:
             bins = SideBySide(self.num_bins, self.bound)
             result, ladj, _ = run(bins, value, params, inverse)
         return result.movedim(0, -1), ladj.movedim(0, -1)
+
+
+def _is_dual(*tensors: Tensor) -> bool:
+    """Whether a forward derivative goes along with one of them."""
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _columns(value: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
