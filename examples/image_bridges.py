@@ -21,7 +21,7 @@ from flowvi.models import (
 from flowvi.nn import MLPField
 from flowvi.paths import BrownianBridge
 
-__all__ = ["BRIDGES", "Pictures", "load", "measure", "train_bridge"]
+__all__ = ["BRIDGES", "Pictures", "bridge", "load", "measure", "train_bridge"]
 
 SIGMA, WIDTH, BATCH = 1.0, 256, 128
 
@@ -67,17 +67,21 @@ BRIDGES = {
 }
 
 
+def bridge(dim: int, name: str) -> RectifiedFlow:
+    """Field and coupling, not trained yet."""
+    field = MLPField(dim, (WIDTH, WIDTH), activation=nn.SiLU, num_frequencies=6)
+    return RectifiedFlow(field, BrownianBridge(dim, SIGMA), BRIDGES[name](dim))
+
+
 def train_bridge(data: Pictures, name: str, num_steps: int, seed: int) -> RectifiedFlow:
     """Field and coupling by stock SVI on the bound."""
     pyro.set_rng_seed(seed)
-    dim = data.train.shape[1]
-    field = MLPField(dim, (WIDTH, WIDTH), activation=nn.SiLU, num_frequencies=6)
-    flow = RectifiedFlow(field, BrownianBridge(dim, SIGMA), BRIDGES[name](dim))
+    flow = bridge(data.train.shape[1], name)
 
     def draw() -> Tensor:
         return data.values(data.train[torch.randint(len(data.train), (BATCH,))])
 
-    return fit(flow, draw, num_steps, name, clip_norm=100.0)
+    return fit(flow, draw, num_steps, name, lr=2e-3, clip_norm=100.0)
 
 
 @torch.no_grad()
