@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
 import pyro
+import pytest
 import torch
 
 README = Path(__file__).parent.parent / "README.md"
@@ -41,3 +43,14 @@ def test_readme_code_runs(monkeypatch, capsys):
 
 def test_readme_has_two_shell_commands():
     assert len(re.findall(r"^```sh$", README.read_text("utf-8"), re.M)) == 2
+
+
+def test_readme_shows_the_results_of_the_benchmarks(monkeypatch):
+    """Otherwise ``python benchmarks/tables.py`` brings it up to date."""
+    monkeypatch.syspath_prepend(README.parent / "benchmarks")
+    tables = importlib.import_module("tables")
+    text = README.read_text("utf-8")
+    assert tables.rendered(text) == text
+    cut = text.replace("<!-- measured: flows -->", "<!-- measured: nothing -->")
+    with pytest.raises(ValueError, match="Places must be those of .*; got .*nothing"):
+        tables.rendered(cut)

@@ -1,0 +1,200 @@
+"""The README's tables of measured numbers, made from the results of real runs.
+
+    python benchmarks/tables.py            # writes them into README.md
+    python benchmarks/tables.py --check    # fails if README.md is not what the results say
+
+A table stands between ``<!-- measured: NAME -->`` and ``<!-- end -->``. Each names the command
+whose results it shows, and keeps the rows where flowvi loses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from _timing import table
+
+__all__ = ["TABLES", "rendered"]
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+_PLACE = re.compile(r"<!-- measured: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
+
+
+def _with_command(script: str, about: str, header: list[str], rows: list[list[str]]) -> str:
+    return f"{about} (`python benchmarks/{script}.py`):\n\n{table(header, rows)}"
+
+
+def steps() -> str:
+    rows = []
+    for result in _read("svi_step")["results"]:
+        micros, ratios = result["microseconds"], result["ratios"]
+        names = ("pyro", "step", "numpyro update", "run", "numpyro scan")
+        cells = [f"{micros[name]:,.0f}" if name in micros else "" for name in names]
+        scan = ratios.get("run / numpyro scan")
+        cells.append("" if scan is None else _times(scan))
+        rows.append([f"{result['model']}, {result['guide']}", *cells])
+    header = ["", "Pyro `step`", "`step`", "NumPyro update", "`run`", "NumPyro scan", "run / scan"]
+    about = "Microseconds per step of SVI, one draw, without validation; `step` is read each time"
+    return _with_command("svi_step", about, header, rows)
+
+
+def flows() -> str:
+    rows = []
+    columns = ("log_prob", "log_prob, backward", "sample", "sample and log_prob, backward")
+    for result in _read("flows")["results"]:
+        if result["dim"] != 64:
+            continue
+        found = [result["ratios"][column] for column in columns]
+        peers = [_times(r["to best peer"]) if "to best peer" in r else "" for r in found]
+        for label, key in (
+            ("", "to matrix products"),
+            (", compiled", "compiled, to matrix products"),
+        ):
+            if key not in found[0]:
+                continue
+            own = [_times(r[key]) for r in found]
+            if label:
+                peers = [""] * 4
+            cells = [f"{a} ({b})" if b else a for a, b in zip(own, peers, strict=True)]
+            rows.append([result["kind"] + label, *cells])
+    header = ["", "log_prob", "with backward", "sample", "sample, log_prob, backward"]
+    about = (
+        "Time over that of the networks' bare matrix products, and over the fastest of zuko, "
+        "nflows, normflows and Pyro, 64 dimensions, five layers, batch 1024"
+    )
+    return _with_command("flows", about, header, rows)
+
+
+def continuous() -> str:
+    (result,) = (r for r in _read("cnf")["results"] if r["dim"] == 16)
+    (compiled,) = (r for r in _read("cnf-compiled")["results"] if r["dim"] == 16)
+    entries = {**compiled["entries"], **result["entries"]}
+    names = (
+        "flowvi, RK4(20)", "flowvi, RK4(20), compiled", "flowvi, DormandPrince(10)",
+        "flowvi, adaptive", "torchdiffeq, trace loop", "zuko, exact",
+        "matrix products of RK4(20)",
+    )  # fmt: skip
+    rows, columns = [], ("log_prob", "log_prob, backward")
+    for name in (name for name in names if name in entries):
+        entry = entries[name]
+        cells = [f"{entry[c]['median']:.0f}" for c in columns]
+        if name not in result["entries"]:
+            eager = compiled["entries"][name.removesuffix(", compiled")]
+            beside = " and ".join(f"{eager[c]['median']:.0f}" for c in columns)
+            name += f" (of another run, eager {beside})"
+        rows.append([name, *cells, f"{entry['error']:.0e}" if entry["error"] else ""])
+    about = "Milliseconds of an exact log-density in 16 dimensions, batch 512"
+    header = ["", "log_prob", "with backward", "largest error"]
+    return _with_command("cnf", about, header, rows)
+
+
+def processes() -> str:
+    found = _read("sde")["ms"]
+    names = [
+        "flowvi", "flowvi, simulation-free", "plain loop", "jax scan", "torchsde sdeint",
+        "torchsde adjoint",
+    ]  # fmt: skip
+    rows = []
+    for name in names:
+        if all(name in entries for entries in found.values()):
+            rows.append([name, *(f"{entries[name]['median']:.0f}" for entries in found.values())])
+    about = "Milliseconds of a training step of a latent SDE by number of time steps, batch 256"
+    return _with_command("sde", about, ["", *found], rows)
+
+
+def networks() -> str:
+    rows = []
+    for name, entries in _read("vae")["results"].items():
+        names = ("flowvi", "flowvi, compiled")
+        cells = [_times(entries[n]["ratio"]) if n in entries else "" for n in names]
+        rows.append([f"autoencoder {name} (`vae.py`)", *cells])
+    for name, entries in _read("diffusion")["speed"].items():
+        bare = entries["bare"]["median"]
+        cells = [
+            _times(entries[n]["median"] / bare) if n in entries else ""
+            for n in ("flowvi", "compiled")
+        ]
+        rows.append([f"diffusion, {name} (`diffusion.py`)", *cells])
+    header = ["time over bare torch's, training step", "eager", "compiled"]
+    return f"{table(header, rows)}"
+
+
+def quality() -> str:
+    found: dict[str, dict[str, str]] = {}
+    targets: Mapping[str, None] = {}
+    for result in _read("quality")["results"]:
+        seconds, gap, _ = result["curve"][-1]
+        targets = {**targets, result["target"]: None}
+        cell = f"{gap:.3f}" if gap < 1000 else "diverged"
+        found.setdefault(result["guide"], {})[result["target"]] = f"{cell} ({seconds:.0f} s)"
+    rows = [[name, *(cells.get(t, "") for t in targets)] for name, cells in found.items()]
+    about = "Exact log evidence minus ELBO at the end of training, nats, with its CPU seconds"
+    return _with_command("quality", about, ["", *(t.replace("_", " ") for t in targets)], rows)
+
+
+def large() -> str:
+    data, spread = _read("large_data"), _read("distributed")
+    speeds = {name: value / 1e6 for name, value in data["rows_per_second"].items()}
+    own, memory = speeds.pop("flowvi"), data["own_memory_mb_every_10_steps"]
+    others = ", ".join(f"{name} {value:.2f}" for name, value in speeds.items())
+    return (
+        f"Ten million rows in batches of {data['batch']:,} (`python benchmarks/large_data.py`): "
+        f"{own:.2f} million rows per second; {others}. Own memory is {memory[0]:.0f} MB at first "
+        f"and {memory[-1]:.0f} MB at the end. Two processes on two cores take a step "
+        f"{spread['speed_up']:.2f} times as fast as one (`python benchmarks/distributed.py`)."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "steps": steps,
+    "flows": flows,
+    "continuous": continuous,
+    "processes": processes,
+    "networks": networks,
+    "quality": quality,
+    "large": large,
+}
+
+
+def rendered(text: str) -> str:
+    """A text with its tables made anew.
+
+    Raises:
+        ValueError: if a table has no place, or a place no table.
+    """
+    places = _PLACE.findall(text)
+    if sorted(places) != sorted(TABLES):
+        raise ValueError(f"Places must be those of {sorted(TABLES)}; got {sorted(places)}.")
+    return _PLACE.sub(
+        lambda place: f"<!-- measured: {place[1]} -->\n{TABLES[place[1]]()}\n<!-- end -->", text
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    old = readme.read_text("utf-8")
+    new = rendered(old)
+    if args.check and new != old:
+        parser.exit(1, "README.md differs from the results. Run python benchmarks/tables.py.\n")
+    if not args.check:
+        readme.write_text(new, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
