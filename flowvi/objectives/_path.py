@@ -104,7 +104,9 @@ def clip_rows(grad: Tensor, whitened: Tensor, factor: float, event_dim: int) -> 
     lead = grad.shape[: grad.dim() - event_dim]
     norm = whitened.reshape(*lead, -1).norm(dim=-1)
     finite = norm.isfinite()
-    bound = factor * norm.where(finite, norm.new_full((), torch.inf)).median(0).values
+    # Not median(), which a compiled step could not call without Python.
+    lengths = norm.where(finite, norm.new_full((), torch.inf))
+    bound = factor * lengths.kthvalue((len(lengths) + 1) // 2, 0).values
     scale = torch.where(norm > bound, bound / norm, torch.ones_like(norm))
     keep = finite.reshape(*lead, *(1,) * event_dim)
     return torch.where(keep, grad * scale.reshape(keep.shape), torch.zeros_like(grad))
