@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -15,6 +16,13 @@ __all__ = ["Compiled", "can_compile", "compiled", "structure"]
 # Inductor's vectorised tanh takes three times as long as this one by the exponential, whose error
 # is that of rounding numbers near 1.
 _OPTIONS = {"cpp.use_decompose_tanh": True}
+
+# Saving is left to products: what is elementwise is computed again from them during the backward
+# pass, as memory is slower. By default the partition saves the other operands of products, too.
+_PARTITION = {
+    "ban_recompute_materialized_backward": False,
+    "ban_recompute_used_far_apart": False,
+}
 
 _FUNCTIONS: dict[Hashable, Compiled] = {}
 
@@ -29,9 +37,11 @@ class Compiled:
     Args:
         function: of tensors, modules and containers of them, without side effects.
         name: what the warning calls it.
+        lean: keep little for the backward pass, and run it all from C++: for functions of many
+            matrix products, which take longer to compile so.
     """
 
-    def __init__(self, function: FunctionType, name: str) -> None:
+    def __init__(self, function: FunctionType, name: str, *, lean: bool = False) -> None:
         # torch keeps what it compiled with the code of a function: copies do not share it.
         self.function = FunctionType(
             function.__code__.replace(),
@@ -41,6 +51,7 @@ class Compiled:
             function.__closure__,
         )
         self.name = name
+        self.lean = lean
         self.failed = False
         self._compiled: Callable | None = None
 
@@ -63,9 +74,8 @@ class Compiled:
 
     def _run(self, args: tuple) -> Any:
         if self._compiled is None:
-            known = set(torch._inductor.list_options())
-            options = {name: value for name, value in _OPTIONS.items() if name in known}
-            self._compiled = torch.compile(self.function, fullgraph=True, options=options)
+            backend = partial(_inductor, self.lean)
+            self._compiled = torch.compile(self.function, fullgraph=True, backend=backend)
         try:
             return self._compiled(*args)
         except Exception as error:
@@ -78,7 +88,20 @@ class Compiled:
                 return self._compiled(*args)
 
 
-def compiled(function: FunctionType, name: str, *key: Hashable) -> Compiled:
+def _inductor(lean: bool, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
+    """The default backend with the options of this module that its version has."""
+    from torch._functorch import config as partition
+    from torch._inductor.compile_fx import compile_fx
+
+    wanted = {**_OPTIONS, "cpp_wrapper": True} if lean else _OPTIONS
+    known = set(torch._inductor.list_options())
+    options = {name: value for name, value in wanted.items() if name in known}
+    rules = _PARTITION if lean else {}
+    with partition.patch({name: v for name, v in rules.items() if hasattr(partition, name)}):
+        return compile_fx(graph, inputs, config_patches=options)
+
+
+def compiled(function: FunctionType, name: str, *key: Hashable, lean: bool = False) -> Compiled:
     """The compiled function, made once for every key.
 
     Args:
@@ -86,10 +109,11 @@ def compiled(function: FunctionType, name: str, *key: Hashable) -> Compiled:
         name: what the warning calls it.
         key: what the compiled code depends on, apart from the kind of the tensors; see
             :func:`structure`.
+        lean: as in :class:`Compiled`.
     """
     entry = (function.__module__, function.__qualname__, *key)
     if entry not in _FUNCTIONS:
-        _FUNCTIONS[entry] = Compiled(function, name)
+        _FUNCTIONS[entry] = Compiled(function, name, lean=lean)
     return _FUNCTIONS[entry]
 
 

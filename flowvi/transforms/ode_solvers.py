@@ -25,8 +25,9 @@ __all__ = [
     "Solver",
 ]
 
-# Steps in one compiled piece at most: compiling takes longer than in proportion to them.
-COMPILED_STEPS = 5
+# Steps in one compiled piece at most. In longer ones the compiler brings together what belongs to
+# different steps, whose numbers have left the cache by then; they also take longer to compile.
+COMPILED_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class FixedStep(Solver):
     square root of the number of steps, for one more forward solve during the backward pass; it
     has no effect inside ``torch.func`` transforms and on solves that carry a score.
 
-    With ``compiled`` up to five steps run as one graph of ``torch.compile``, forwards and
+    With ``compiled`` up to two steps run as one graph of ``torch.compile``, forwards and
     backwards. The first solve of a kind (with and without gradients, another structure of the
     field) then takes tens of seconds, and one more for other batch sizes than the first; without
     a C++ compiler a warning says so and the solve runs as without. Solves with penalties or
@@ -140,7 +141,7 @@ class FixedStep(Solver):
 
     def _compiled_run(self, dynamics: Dynamics, piece: int) -> Callable:
         key = (type(self), piece, structure(dynamics.field), type(dynamics.problem.divergence))
-        run = compiled(_run_steps, f"The solve of {dynamics.problem.name}", *key)
+        run = compiled(_run_steps, f"The solve of {dynamics.problem.name}", *key, lean=True)
         return lambda *args: run(type(self), *args)
 
     def _checkpointed_run(self, dynamics: Dynamics, run: Callable) -> Callable:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowvi.nn._compiled import Compiled, can_compile, compiled, structure
+from flowvi.nn._compiled import Compiled, _inductor, can_compile, compiled, structure
 
 
 def cube(x: Tensor) -> Tensor:
@@ -63,6 +63,21 @@ def test_mistakes_of_the_caller_stay_what_they_are(monkeypatch):
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         function(torch.zeros(2), torch.zeros(3))
     assert not function.failed
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about itself, at import
+@pytest.mark.parametrize("lean", [False, True])
+def test_lean_functions_recompute_and_run_from_c(lean, monkeypatch):
+    from torch._functorch import config as partition
+
+    def compile_fx(graph: object, inputs: object, config_patches: dict) -> tuple:
+        return config_patches, partition.ban_recompute_materialized_backward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    options, saves_operands = _inductor(lean, None, [])
+    assert options.get("cpp_wrapper", False) is lean
+    assert saves_operands is not lean
+    assert partition.ban_recompute_materialized_backward
 
 
 MISSING = """
