@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 
 import torch
@@ -229,9 +230,66 @@ def pyro_cases(kind: str, dim: int) -> Cases:
     )
 
 
+def flowjax_cases(kind: str, dim: int) -> Cases:
+    """Jitted, and compiled before they are timed."""
+    # Before jax, which would use all processors.
+    options = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    os.environ.setdefault("XLA_FLAGS", options)
+    import equinox as eqx
+    import jax
+    import paramax
+    from flowjax.bijections import RationalQuadraticSpline
+    from flowjax.distributions import Normal
+    from flowjax.flows import coupling_flow, masked_autoregressive_flow
+    from jax import numpy as jnp
+
+    settings = {"flow_layers": LAYERS, "nn_width": HIDDEN[0], "nn_depth": len(HIDDEN)}
+    if kind.startswith("spline"):
+        # Inner knots: one less than bins.
+        settings["transformer"] = RationalQuadraticSpline(knots=BINS - 1, interval=BOUND)
+    couples = kind in ("realnvp", "spline coupling")
+    make = coupling_flow if couples else masked_autoregressive_flow
+    base = Normal(jnp.zeros(dim))
+    flow = make(jax.random.key(0), base_dist=base, invert=kind != "iaf", **settings)
+    params, static = eqx.partition(
+        flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable)
+    )
+    keys = iter(jax.random.split(jax.random.key(1), 100_000))
+    data = jax.random.normal(next(keys), (BATCH, dim))
+
+    def log_prob(params: object, x: object) -> object:
+        return eqx.combine(params, static).log_prob(x)
+
+    def sample(params: object, key: object) -> object:
+        return eqx.combine(params, static).sample(key, (BATCH,))
+
+    def reverse(params: object, key: object) -> object:
+        x, log_q = eqx.combine(params, static).sample_and_log_prob(key, (BATCH,))
+        return (log_q + 0.5 * jnp.square(x).sum(-1)).mean()
+
+    score, draw = jax.jit(log_prob), jax.jit(sample)
+    score_grad = jax.jit(jax.value_and_grad(lambda p, x: log_prob(p, x).mean()))
+    draw_grad = jax.jit(jax.value_and_grad(reverse))
+    wait = jax.block_until_ready
+    functions = (
+        lambda: wait(score(params, data)),
+        lambda: wait(score_grad(params, data)),
+        lambda: wait(draw(params, next(keys))),
+        lambda: wait(draw_grad(params, next(keys))),
+    )
+    made = dict(zip(COLUMNS, functions, strict=True))
+    if kind == "spline autoregressive" and dim > 16:
+        # The gradient through as many passes as dimensions takes more than 20 GB.
+        del made[COLUMNS[3]]
+    for function in made.values():
+        function()
+    return made
+
+
 PEERS = {
     "zuko": zuko_cases,
     "nflows": nflows_cases,
     "normflows": normflows_cases,
     "pyro": pyro_cases,
+    "flowjax": flowjax_cases,
 }

@@ -118,10 +118,10 @@ def measure(kind: str, dim: int, repeats: int) -> dict[str, dict[str, Timing]]:
         except ImportError:
             print(f"{name} is not installed: left out")
     timings = interleave(
-        {(column, name): case[column] for column in COLUMNS for name, case in made.items()},
+        {(c, name): case[c] for c in COLUMNS for name, case in made.items() if c in case},
         repeats,
     )
-    return {column: {name: timings[column, name] for name in made} for column in COLUMNS}
+    return {c: {n: timings[c, n] for n, case in made.items() if c in case} for c in COLUMNS}
 
 
 def ratios(kind: str, timings: dict[str, dict[str, Timing]]) -> dict[str, dict[str, float]]:
@@ -134,12 +134,13 @@ def ratios(kind: str, timings: dict[str, dict[str, Timing]]) -> dict[str, dict[s
         peers = [median for median in peers if median]
         floor = timings[column]["matrix products"].median
         row = {"to matrix products": own[column] / floor}
-        if "flowvi, compiled" in timings[column]:
-            row["compiled, to matrix products"] = (
-                timings[column]["flowvi, compiled"].median / floor
-            )
+        compiled = timings[column].get("flowvi, compiled")
+        if compiled is not None:
+            row["compiled, to matrix products"] = compiled.median / floor
         if peers:
             row["to best peer"] = own[column] / min(peers)
+            if compiled is not None:
+                row["compiled, to best peer"] = compiled.median / min(peers)
         if column in SLOW_COLUMNS.get(kind, ()):
             row["to dense forward"] = own[column] / own[dense[0]]
             row["to dense, same column"] = own[column] / own[dense[position % 2]]
@@ -153,15 +154,16 @@ def report(kind: str, dim: int, timings: dict[str, dict[str, Timing]]) -> None:
     for name in names:
         cells = []
         for column in COLUMNS:
-            timing = timings[column][name]
+            timing = timings[column].get(name, Timing(error="left out"))
             star = "*" if len(timing.samples) == 1 else ""
-            cells.append(f"{1e3 * timing.median:.1f}{star}" if timing.samples else "failed")
+            cells.append(f"{1e3 * timing.median:.1f}{star}" if timing.samples else "-")
         rows.append([name, *cells])
     found = ratios(kind, timings)
     labels = (
         "to matrix products",
         "compiled, to matrix products",
         "to best peer",
+        "compiled, to best peer",
         "to dense forward",
         "to dense, same column",
     )
@@ -213,7 +215,7 @@ def save(out: Path, results: list[dict[str, Any]]) -> None:
         "bins": BINS,
         "dtype": "float32",
     }
-    packages = ("torch", "pyro-ppl", "zuko", "nflows", "normflows")
+    packages = ("torch", "pyro-ppl", "zuko", "nflows", "normflows", "flowjax", "jax")
     results = sorted(results, key=lambda r: (r["dim"], KINDS.index(r["kind"])))
     write_json(out, {"facts": facts(*packages), "setting": setting, "results": results})
 
