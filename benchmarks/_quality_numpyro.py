@@ -9,19 +9,12 @@ import jax
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from _svi_numpyro import eight_schools
 from jax import numpy as jnp
 from jax.example_libraries import stax
 from numpyro.infer import SVI, Trace_ELBO, autoguide
 
 __all__ = ["numpyro_curve"]
-
-
-def eight_schools(y: jax.Array, sigma: jax.Array) -> None:
-    mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
-    with numpyro.plate("school", 8):
-        eta = numpyro.sample("eta", dist.Normal(0.0, 1.0))
-        numpyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
 
 
 def funnel(like: jax.Array) -> None:

@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from jax.example_libraries import stax
 from numpyro.infer import SVI, Trace_ELBO, autoguide
 
-__all__ = ["numpyro_steps"]
+__all__ = ["eight_schools", "numpyro_steps"]
 
 
 def eight_schools(y: jax.Array, sigma: jax.Array) -> None:
