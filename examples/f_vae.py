@@ -44,6 +44,7 @@ from flowvi.models import (
 )
 from flowvi.objectives import ELBO, BetaELBO, LinearSchedule, Objective
 from flowvi.plots import image_grid
+from flowvi.transforms import ToInterval
 
 ROW = "{:<7}{:>11}{:>12}{:>14}{:>17}{:>11}"
 HEADER = ("model", "parameters", "ELBO (nats)", "ELBO (bits)", "weighted (bits)", "KL of z")
@@ -82,6 +83,7 @@ def make_f_vae(images: Images, args: argparse.Namespace, width: int) -> FVAE:
         num_layers=args.num_layers,
         hidden_dims=(width, width),
     )
+    flow = flow.then(pixels(images))
     likelihood = ImageFlowLikelihood(flow, images.num_levels, context_shape=maps)
     encoder = MLPEncoder(shape, (128, 64))
     decoder = MLPDecoder(args.latent_dim, (64,), maps)
@@ -92,7 +94,12 @@ def make_glow(images: Images, args: argparse.Namespace, width: int) -> ImageFlow
     """A Glow alone."""
     shape = tuple(images.train.shape[1:])
     flow = glow_image(shape, num_layers=args.num_layers, hidden_dims=(width, width))
-    return ImageFlow(flow, images.num_levels)
+    return ImageFlow(flow.then(pixels(images)), images.num_levels)
+
+
+def pixels(images: Images) -> ToInterval:
+    """Logit of the pixels: without it, what flows learn first is to narrow the black ones."""
+    return ToInterval(images.train.shape[1:], 0.0, float(images.num_levels), margin=1e-6)
 
 
 def make_vae(images: Images, args: argparse.Namespace, width: int) -> VAE:
