@@ -58,22 +58,15 @@ def flows() -> str:
         if result["dim"] != 64:
             continue
         found = [result["ratios"][column] for column in columns]
-        peers = [_times(r["to best peer"]) if "to best peer" in r else "" for r in found]
-        for label, key in (
-            ("", "to matrix products"),
-            (", compiled", "compiled, to matrix products"),
-        ):
-            if key not in found[0]:
-                continue
-            own = [_times(r[key]) for r in found]
-            if label:
-                peers = [""] * 4
-            cells = [f"{a} ({b})" if b else a for a, b in zip(own, peers, strict=True)]
-            rows.append([result["kind"] + label, *cells])
+        for label, prefix in (("", ""), (", compiled", "compiled, ")):
+            if f"{prefix}to matrix products" in found[0]:
+                names = (f"{prefix}to matrix products", f"{prefix}to best peer")
+                cells = ["{} ({})".format(*(_times(r[name]) for name in names)) for r in found]
+                rows.append([result["kind"] + label, *cells])
     header = ["", "log_prob", "with backward", "sample", "sample, log_prob, backward"]
     about = (
         "Time over that of the networks' bare matrix products, and over the fastest of zuko, "
-        "nflows, normflows and Pyro, 64 dimensions, five layers, batch 1024"
+        "nflows, normflows, Pyro and flowjax, 64 dimensions, five layers, batch 1024"
     )
     return _with_command("flows", about, header, rows)
 
