@@ -206,7 +206,7 @@ def draw_points(model: DiffusionModel | RectifiedFlow, axes: list[Axes], num_ste
     sampler = ReverseSDE() if is_bridge else ProbabilityFlow() if plain else Ancestral()
     path = sample_path(model if is_bridge else model.process(), sampler, (1000,), num_steps)
     axes[0].plot(*path.end.T, ".", ms=2, color="#0072B2")
-    few = path.states[:, :40]
+    few = path.states[:, :12]
     axes[1].plot(few[..., 0], few[..., 1], lw=0.5, color="#999999")
     axes[1].plot(*few[0].T, ".", ms=3, color="#000000")
     axes[1].plot(*few[-1].T, ".", ms=4, color="#D55E00")
