@@ -41,7 +41,6 @@ from flowvi.transforms import (
 BATCH, HIDDEN, GAIN, TOLERANCE = 512, (64, 64), 1.5, 1e-5
 COLUMNS = ("log_prob", "log_prob, backward", "sample")
 LOOP, ZUKO = "torchdiffeq, trace loop", "zuko, exact"
-PRODUCTS = "matrix products of RK4(20)"
 FLOOR = "matrix products of RK4(20)"
 COMPILED = {
     "flowvi, RK4(20), compiled": RK4(20),
@@ -242,32 +241,6 @@ def timed(entry: Entry, data: Tensor) -> dict[str, Callable[[], object]]:
     return dict(zip(COLUMNS, (forward, backward, entry.sample), strict=True))
 
 
-def products(dim: int) -> dict[str, Callable[[], object]]:
-    """The matrix products of RK4(20) alone: no solve of this field can be faster.
-
-    Per evaluation one for each of the three layers and one for the trace; backwards two for each.
-    """
-    first, second = HIDDEN
-    layers = []
-    for rows, columns in ((dim, first), (first, second), (second, dim), (first, second)):
-        given = torch.randn(BATCH, rows), torch.randn(rows, columns), torch.randn(BATCH, columns)
-        layers.append((*given, *(torch.empty_like(tensor) for tensor in given)))
-
-    def forward() -> None:
-        for _ in range(80):
-            for values, weight, _, _, _, result in layers:
-                torch.mm(values, weight, out=result)
-
-    def backward() -> None:
-        forward()
-        for _ in range(80):
-            for values, weight, change, of_values, of_weight, _ in layers:
-                torch.mm(values.t(), change, out=of_weight)
-                torch.mm(change, weight.t(), out=of_values)
-
-    return dict(zip(COLUMNS, (forward, backward, forward), strict=True))
-
-
 def measure(
     dim: int, repeats: int, compiled: bool, only: list[str] | None
 ) -> dict[str, dict[str, Any]]:
@@ -295,9 +268,6 @@ def measure(
         for name, entry in entries.items()
         for column, function in timed(entry, data).items()
     }
-    if wanted(PRODUCTS):
-        rows[PRODUCTS] = {"error": None, "evaluations": 80}
-        functions.update({(c, PRODUCTS): function for c, function in products(dim).items()})
     timings = interleave(functions, repeats)
     for (column, name), timing in timings.items():
         rows[name][column] = timing.record()
@@ -313,7 +283,7 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
             others = [
                 LOOP,
                 ZUKO,
-                *([name.removesuffix(", compiled"), PRODUCTS] if "compiled" in name else []),
+                *([name.removesuffix(", compiled")] if "compiled" in name else []),
             ]
             found[name] = {
                 other: round(rows[other][column]["median"] / row[column]["median"], 2)
