@@ -9,6 +9,7 @@ from flowvi.nn.layered_fields import ConcatSquashField, GatedField, MLPField
 from flowvi.nn.made import MADE
 from flowvi.nn.mlp import MLP
 from flowvi.nn.potential import PotentialField
+from flowvi.nn.precision import mixed_precision
 from flowvi.nn.time_embedding import FourierFeatures, FourierTime, SinusoidalTime
 from flowvi.nn.unet import UNet
 
@@ -31,5 +32,6 @@ __all__ = [
     "SinusoidalTime",
     "UNet",
     "VectorField",
+    "mixed_precision",
     "one_hot",
 ]
