@@ -248,7 +248,7 @@ def main() -> None:
     }
     for name, pair in pairs.items():
         # A strong decoder leaves its latents unused if their divergence counts from the start; a
-        # flow does so even after a warm-up, but not where the first nats are free.
+        # flow does so even after a warm-up, so the first nats are free for the f-VAE.
         warm = {} if name == "Glow" else {"z": LinearSchedule(max(1, args.num_steps // 2))}
         free = FreeBits({"z": args.free_nats}) if name == "f-VAE" else None
         objective = BetaELBO(beta=warm or 1.0, free_bits=free, max_plate_nesting=1)
