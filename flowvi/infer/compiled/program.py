@@ -156,7 +156,7 @@ def _compare_once(program: Program, traced: Traced, seed: int) -> str:
     try:
         loss = program.loss()
         grads = torch.autograd.grad(loss, traced.params)
-    except (ValueError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}".rstrip(".: ")
     expected = {"loss": loss.detach(), **_numbered(grads)}
     _load(traced.changed, changed)

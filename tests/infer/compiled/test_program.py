@@ -30,15 +30,17 @@ def is_traced() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def test_data_that_cannot_be_shifted_are_compared_as_they_are():
+@pytest.mark.parametrize("error", [ValueError, IndexError])
+def test_data_that_cannot_be_shifted_are_compared_as_they_are(error: type[Exception]):
     def picky(y: Tensor) -> None:
         model(y)
         if not is_traced() and not torch.equal(y, DATA):
-            raise ValueError("Other data.")
+            raise error("Other data.")
 
     svi = CompiledSVI(picky, guide, adam(), Trace_ELBO(), backend=Interpreter(), check=2)
     svi.step(DATA)
-    expected = "Of 2 comparisons of gradients, 2 without shifted data: ValueError: Other data."
+    reason = f"{error.__name__}: Other data."
+    expected = f"Of 2 comparisons of gradients, 2 without shifted data: {reason}"
     assert expected in svi.notes[-1]
     plain = CompiledSVI(model, guide, adam(), Trace_ELBO(), backend=Interpreter(), check=2)
     plain.step(DATA)
