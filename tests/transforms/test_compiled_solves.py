@@ -10,7 +10,7 @@ import torch
 from building import redraw
 
 from flowvi.distributions import Flow
-from flowvi.nn import GatedField, MLPField, _compiled
+from flowvi.nn import GatedField, MLPField
 from flowvi.transforms import (
     RK4,
     Continuous,
@@ -45,15 +45,6 @@ class Pair:
                 parts += [y, ladj, *grads]
             found.append(parts)
         torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance)
-
-
-@pytest.fixture
-def pretended(monkeypatch) -> list:
-    """Compilation that does nothing; collects what is asked for."""
-    asked = []
-    monkeypatch.setattr(_compiled, "_FUNCTIONS", {})
-    monkeypatch.setattr(torch, "compile", lambda f, **options: asked.append(f) or f)
-    return asked
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 10])

@@ -24,15 +24,6 @@ every = pytest.mark.parametrize("name", SPLINES)
 both = pytest.mark.parametrize("inverse", [False, True])
 
 
-@pytest.fixture
-def pretended(monkeypatch) -> list:
-    """Compilation that does nothing; collects what is asked for."""
-    asked = []
-    monkeypatch.setattr(_compiled, "_FUNCTIONS", {})
-    monkeypatch.setattr(torch, "compile", lambda f, **options: asked.append(f) or f)
-    return asked
-
-
 def numbers(spline: RationalQuadratic, scale: float) -> tuple[Tensor, Tensor]:
     """Numbers in every bin, at both ends of the box and far beyond, with raw parameters."""
     value = torch.linspace(-1.5 * spline.bound, 1.5 * spline.bound, 400)
