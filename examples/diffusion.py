@@ -3,7 +3,7 @@
 ``python examples/diffusion.py`` trains a variational diffusion model (VDM), DiffEnc with as many
 parameters, and Brownian bridges (rectified flows that keep their noise) under an independent, a
 minibatch optimal transport and a learned coupling, on two moons and on scikit-learn's digits, by
-Pyro's own ``SVI`` (about five minutes on one core). It prints the evidence lower bound on test
+Pyro's own ``SVI`` (some minutes on one core). It prints the evidence lower bound on test
 data by its terms. With ``--data FOLDER`` the images are those of MNIST (idx.gz files) and the
 diffusion's network is a U-Net. The picture shows samples and the paths that led to them.
 """
