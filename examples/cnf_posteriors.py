@@ -118,7 +118,7 @@ def posteriors(german: Path | None) -> dict[str, Posterior]:
     like = torch.zeros((), dtype=torch.float64)
     problem = funnel(torch.float64)
     found = {
-        "funnel": Posterior(problem.model, problem.args, 0.0, 1500, 512),
+        "funnel": Posterior(problem.model, problem.args, 0.0, 900, 512),
         "banana": Posterior(
             banana_model,
             (like,),
