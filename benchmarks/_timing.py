@@ -8,7 +8,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,8 +19,9 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import torch  # noqa: E402
 
-__all__ = ["Timing", "facts", "interleave", "steady_allocator", "table", "write_json"]
+__all__ = ["Timing", "facts", "interleave", "last_gap", "steady_allocator", "table", "write_json"]
 
+_DIVERGED = 1000.0  # nats
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "268435456", "MALLOC_MMAP_THRESHOLD_": "268435456"}
 
 
@@ -126,6 +127,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
     )
+
+
+def last_gap(curve: Sequence[Sequence[float]]) -> str:
+    """Cell for the end of a curve of seconds, gaps in nats and their errors."""
+    seconds, gap, _ = curve[-1]
+    return f"{f'{gap:.3f}' if gap < _DIVERGED else 'diverged'} ({seconds:.0f} s)"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 # Before torch: it limits every library to one thread.
-from _timing import facts, table, write_json  # isort: skip
+from _timing import facts, last_gap, table, write_json  # isort: skip
 import matplotlib
 import numpy as np
 import pyro
@@ -44,7 +44,6 @@ from data_problems import DATA_PROBLEMS, LOG_EVIDENCE  # noqa: E402
 from problems import PROBLEMS, Problem  # noqa: E402
 
 DRAWS, PARTICLES, FIRST, LAST = 4000, 8, 1e-2, 1e-3
-DIVERGED = 1000.0  # nats
 TARGETS = ("eight_schools", "funnel", "seeds", "german_credit")
 Curve = list[tuple[float, float, float]]
 
@@ -198,20 +197,12 @@ def picture(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def shown(gap: float) -> str:
-    """A gap for a table."""
-    return f"{gap:.3f}" if gap < DIVERGED else "diverged"
-
-
 def report(results: list[dict[str, Any]]) -> None:
     targets = [t for t in TARGETS if any(r["target"] == t for r in results)]
     rows = []
     for name in dict.fromkeys(r["guide"] for r in results):
-        found = {r["target"]: r["curve"][-1] for r in results if r["guide"] == name}
-        rows.append([name])
-        for target in targets:
-            seconds, gap, _ = found.get(target, (0, math.nan, 0))
-            rows[-1].append(f"{shown(gap)} ({seconds:.0f} s)")
+        found = {r["target"]: last_gap(r["curve"]) for r in results if r["guide"] == name}
+        rows.append([name, *(found.get(target, "") for target in targets)])
     print(table(["gap in nats (CPU seconds)", *targets], rows))
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _timing import table
+from _timing import last_gap, table
 
 __all__ = ["TABLES", "rendered"]
 
@@ -126,13 +126,11 @@ def networks() -> str:
 
 
 def quality() -> str:
+    results = _read("quality")["results"]
+    targets = dict.fromkeys(result["target"] for result in results)
     found: dict[str, dict[str, str]] = {}
-    targets: Mapping[str, None] = {}
-    for result in _read("quality")["results"]:
-        seconds, gap, _ = result["curve"][-1]
-        targets = {**targets, result["target"]: None}
-        cell = f"{gap:.3f}" if gap < 1000 else "diverged"
-        found.setdefault(result["guide"], {})[result["target"]] = f"{cell} ({seconds:.0f} s)"
+    for result in results:
+        found.setdefault(result["guide"], {})[result["target"]] = last_gap(result["curve"])
     rows = [[name, *(cells.get(t, "") for t in targets)] for name, cells in found.items()]
     about = "Exact log evidence minus ELBO at the end of training, nats, with its CPU seconds"
     return _with_command("quality", about, ["", *(t.replace("_", " ") for t in targets)], rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pyro
-from torch import nn
+from torch import Tensor, nn
 
 from flowvi.nn._store import claim_store_name, module_tensors
 
@@ -19,12 +19,11 @@ class StoredModule(nn.Module):
 
     def _register(self) -> None:
         """Show the parameters to Pyro, under a name that no other module has."""
-        own = {f".{n}": t for n, t in module_tensors(self)}
-        trained = {s: p for s, p in own.items() if p.requires_grad}
-        shown = trained | {s: t for s, t in own.items() if not isinstance(t, nn.Parameter)}
-        self._store_name = claim_store_name(self._store_name, shown)
-        for suffix, parameter in trained.items():
-            pyro.param(self._store_name + suffix, parameter)
+        own = {f".{n}": t for n, t in module_tensors(self) if not _is_frozen(t)}
+        self._store_name = claim_store_name(self._store_name, own)
+        for suffix, tensor in own.items():
+            if isinstance(tensor, nn.Parameter):
+                pyro.param(self._store_name + suffix, tensor)
 
     def __getstate__(self) -> dict:
         # Pyro hangs a weak reference on every parameter that it hands out, anew in every step;
@@ -32,3 +31,7 @@ class StoredModule(nn.Module):
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)
         return self.__dict__.copy()
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad

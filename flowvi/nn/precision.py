@@ -36,7 +36,7 @@ def mixed_precision(module: nn.Module) -> nn.Module:
     A compiled step repeats an eager one up to that rounding, which is more than
     :class:`flowvi.infer.CompiledSVI` lets pass: give it ``check=0``.
 
-    Worth it on GPUs with bfloat16 units; on most CPUs it is slower. For TF32 products instead,
+    Meant for GPUs with bfloat16 units. For TF32 products instead,
     ``torch.set_float32_matmul_precision("high")`` is enough.
 
     Args:

@@ -33,11 +33,11 @@ class RationalQuadratic(ElementwiseMap):
     two bins times a factor between ``exp(-1)`` and ``exp(1)``. (A slope far above those of its
     bins would make the middle of the bins nearly flat.)
 
-    With ``compiled`` each direction, and its backward, is one loop made by ``torch.compile``: a
-    fifth of the time at large batches. The first call of a kind then takes tens of seconds, and
-    one more for other sizes than the first; without a C++ compiler a warning says so and the map
-    runs as without. Second derivatives, ``torch.func`` transforms and parameters shared by a
-    batch go as without.
+    With ``compiled`` each direction, and its backward, is one loop made by ``torch.compile``;
+    ``benchmarks/flows.py`` says what that saves. The first call of a kind then takes tens of
+    seconds, and one more for other sizes than the first; without a C++ compiler a warning says so
+    and the map runs as without. Second derivatives, ``torch.func`` transforms and parameters
+    shared by a batch go as without.
 
     Args:
         num_bins: number of bins, at least 2.

@@ -226,13 +226,20 @@ class _Constant(nn.Module):
         return self.value.expand_as(x)
 
 
-def test_flow_without_a_bend_is_a_plain_diffusion():
-    network, x, path = small(), torch.randn(5, 2), faded_path()
+def plain_and_unbent() -> tuple[VDM, NeuralFlowDiffusion]:
+    """A plain diffusion, and one with a flow that does nothing, around the same network."""
+    network, path = small(), faded_path()
     with torch.no_grad():
         for p in path.map.parameters():
             p.zero_()
     plain = VDM(RealEnd((2,)), network, schedule(), prediction=Prediction.DATA)
     bent = NeuralFlowDiffusion(RealEnd((2,)), network, path)
+    return plain, bent
+
+
+def test_flow_without_a_bend_is_a_plain_diffusion():
+    plain, bent = plain_and_unbent()
+    x = torch.randn(5, 2)
     found = []
     for model in (plain, bent):
         torch.manual_seed(1)
@@ -242,12 +249,8 @@ def test_flow_without_a_bend_is_a_plain_diffusion():
 
 @pytest.mark.slow
 def test_likelihood_of_a_flow_without_a_bend():
-    network, x, path = small(), torch.randn(1, 2), faded_path()
-    with torch.no_grad():
-        for p in path.map.parameters():
-            p.zero_()
-    plain = VDM(RealEnd((2,)), network, schedule(), prediction=Prediction.DATA)
-    bent = NeuralFlowDiffusion(RealEnd((2,)), network, path)
+    plain, bent = plain_and_unbent()
+    x = torch.randn(1, 2)
     found = [model.log_likelihood(x, solver=RK4(1)).value for model in (bent, plain)]
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-8)
 
