@@ -12,12 +12,21 @@ from torch import Tensor
 
 from flowvi.infer.compiled.hazards import NotCompilable
 from flowvi.infer.compiled.step import Buffers
-from flowvi.infer.compiled.updates import SGD, Adam, ClippedAdam, GlobalAdam, Gradients, Update
+from flowvi.infer.compiled.updates import (
+    SGD,
+    Adam,
+    ClippedAdam,
+    GlobalAdam,
+    Gradients,
+    RMSprop,
+    Update,
+)
 from flowvi.infer.optim import GlobalOptim
 
 __all__ = ["OptimizerState", "state_of"]
 
 _ADAM_KEYS = ("exp_avg", "exp_avg_sq")
+_RMSPROP_KEYS = ("square_avg", "grad_avg")
 
 
 class OptimizerState(ABC):
@@ -174,14 +183,16 @@ class _PerParameter(OptimizerState):
             keys = ("momentum_buffer",) if self.update.momentum else ()
             count.fill_(1.0 if state.get("momentum_buffer") is not None else 0.0)
         else:
-            keys = _ADAM_KEYS
+            keys = _RMSPROP_KEYS if isinstance(self.update, RMSprop) else _ADAM_KEYS
+            if isinstance(self.update, RMSprop) and not self.update.centered:
+                keys = keys[:1]
             count.fill_(float(state.get("step", 0)))
         for key, view in zip(keys, moments, strict=False):
             old = state.get(key)
             view.zero_() if old is None else view.copy_(old)
             state[key] = view
             self._places.append((state, key, view))
-        if isinstance(self.update, Adam):
+        if isinstance(self.update, Adam | RMSprop):
             state["step"] = count
         elif isinstance(self.update, ClippedAdam):
             state["step"] = self._steps = int(count)
@@ -262,6 +273,10 @@ def _update_of(single: object, grad_clip: object) -> Update | None:
     if type(single) is torch.optim.SGD:
         keys = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
         return SGD(**_pick(group, *keys))
+    if type(single) is torch.optim.RMSprop:
+        if group.get("momentum") or isinstance(group["lr"], Tensor):
+            return None
+        return RMSprop(**_pick(group, "alpha", "eps", "weight_decay", "centered", "maximize"))
     return None
 
 
@@ -272,8 +287,8 @@ def _pick(group: Mapping, *keys: str) -> dict:
 def state_of(optim: pyro.optim.PyroOptim, named: Sequence[tuple[str, Tensor]]) -> OptimizerState:
     """The shared state of an optimiser and a compiled update.
 
-    Adam, AdamW, SGD, ClippedAdam and GlobalOptim become part of the compiled step. Any other is
-    called after each step with gradients from the compiled graph.
+    Adam, AdamW, SGD, RMSprop without momentum, ClippedAdam and GlobalOptim become part of the
+    compiled step. Any other is called after each step with gradients from the compiled graph.
     """
     kind = _Global if isinstance(optim, GlobalOptim) else _PerParameter
     return kind(optim, named)

@@ -36,10 +36,11 @@ class CompiledSVI(SingleProcess, pyro.infer.SVI):
     r"""``pyro.infer.SVI`` that compiles model, guide, objective and optimiser into one graph.
 
     The ordinary Pyro program is run once and recorded; no Python is left in a step. What was
-    recorded is compared with the eager program before it is trusted. Adam, AdamW, SGD,
-    ``pyro.optim.ClippedAdam`` and :class:`flowvi.infer.GlobalOptim` are part of the graph; any
-    other optimiser is called after each step. Optimiser and parameters stay the user's: eager
-    steps, checkpoints and ``get_state`` see every compiled step, and the other way round.
+    recorded is compared with the eager program before it is trusted. Adam, AdamW, SGD, RMSprop
+    without momentum, ``pyro.optim.ClippedAdam`` and :class:`flowvi.infer.GlobalOptim` are part of
+    the graph; any other optimiser is called after each step. Optimiser and parameters stay the
+    user's: eager steps, checkpoints and ``get_state`` see every compiled step, and the other way
+    round.
 
     The first call with data of new shapes compiles, which takes tens of seconds; a later process
     finds the result on disk (:class:`Native`). Data must be arguments: tensors that the model

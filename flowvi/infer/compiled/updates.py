@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SGD", "Adam", "AdamFamily", "ClippedAdam", "GlobalAdam", "Gradients", "Update"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamFamily",
+    "ClippedAdam",
+    "GlobalAdam",
+    "Gradients",
+    "RMSprop",
+    "Update",
+]
 
 
 @dataclass(frozen=True)
@@ -184,6 +193,42 @@ class SGD(Update):
         total = moments[0] * self.momentum + share * grad
         grad = grad + self.momentum * total if self.nesterov else total
         return param - rate * grad, [total]
+
+
+@dataclass(frozen=True)
+class RMSprop(Update):
+    """``torch.optim.RMSprop`` without momentum.
+
+    Args:
+        alpha: decay rate of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: added to the gradient, times the parameter.
+        centered: second moment of the gradient's distance from its running mean.
+        maximize: follow the gradient upwards.
+    """
+
+    alpha: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    centered: bool = False
+    maximize: bool = False
+
+    num_moments = 2
+
+    def __call__(
+        self, param: Tensor, moments: list[Tensor], grad: Tensor, count: Tensor, lr: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        (rate,) = coefficients(lr, like=param)
+        grad = -grad if self.maximize else grad
+        if self.weight_decay:
+            grad = grad + self.weight_decay * param
+        second, first = moments
+        second = second * self.alpha + grad * grad * (1 - self.alpha)
+        spread = second
+        if self.centered:
+            first = first + (grad - first) * (1 - self.alpha)
+            spread = second - first * first
+        return param - rate * grad / (spread.sqrt() + self.eps), [second, first]
 
 
 @dataclass(frozen=True)

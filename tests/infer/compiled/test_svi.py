@@ -33,7 +33,9 @@ OPTIMIZERS: dict[str, Callable] = {
     "sgd, nesterov": lambda: pyro.optim.SGD({"lr": 0.01, "momentum": 0.9, "nesterov": True}),
     "sgd, plain": lambda: pyro.optim.SGD({"lr": 0.01, "weight_decay": 0.1}),
     "global": lambda: GlobalOptim(0.05, clip_norm=1.0, schedule=Schedule(60)),
-    "rmsprop, in Python": lambda: pyro.optim.RMSprop({"lr": 0.01}),
+    "rmsprop": lambda: pyro.optim.RMSprop({"lr": 0.01, "weight_decay": 0.1, "alpha": 0.9}),
+    "rmsprop, centred": lambda: pyro.optim.RMSprop({"lr": 0.01, "centered": True}),
+    "rmsprop, in Python": lambda: pyro.optim.RMSprop({"lr": 0.01, "momentum": 0.5}),
     "adam clipped by tensor, in Python": lambda: pyro.optim.Adam({"lr": 0.05}, {"clip_norm": 1.0}),
 }
 
