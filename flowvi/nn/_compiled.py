@@ -17,11 +17,28 @@ __all__ = ["Compiled", "can_compile", "compiled", "structure"]
 # is that of rounding numbers near 1.
 _OPTIONS = {"cpp.use_decompose_tanh": True}
 
+_LEAN = {"cpp_wrapper": True}
+
+# Without patterns, among them that of a sum with a product: it copies the other summand to where
+# the product is then added, though what comes next could read both.
+_BARE = {"pattern_matcher": False}
+
 # Saving is left to products: what is elementwise is computed again from them during the backward
 # pass, as memory is slower. By default the partition saves the other operands of products, too.
 _PARTITION = {
     "ban_recompute_materialized_backward": False,
     "ban_recompute_used_far_apart": False,
+}
+
+# What is true around a call, apart from its arguments.
+_SURROUNDINGS = {
+    "AUTOGRAD_SAVED_TENSORS_HOOKS",
+    "DEFAULT_DEVICE",
+    "DETERMINISTIC_ALGORITHMS",
+    "GLOBAL_STATE",
+    "GRAD_MODE",
+    "SHAPE_ENV",
+    "TORCH_FUNCTION_STATE",
 }
 
 _FUNCTIONS: dict[Hashable, Compiled] = {}
@@ -39,9 +56,18 @@ class Compiled:
         name: what the warning calls it.
         lean: keep little for the backward pass, and run it all from C++: for functions of many
             matrix products, which take longer to compile so.
+        deciding: names of the tensors whose kinds decide those of all others, if not all of them
+            are to be looked at before every call, which costs more than a small product.
     """
 
-    def __init__(self, function: FunctionType, name: str, *, lean: bool = False) -> None:
+    def __init__(
+        self,
+        function: FunctionType,
+        name: str,
+        *,
+        lean: bool = False,
+        deciding: tuple[str, ...] = (),
+    ) -> None:
         # torch keeps what it compiled with the code of a function: copies do not share it.
         self.function = FunctionType(
             function.__code__.replace(),
@@ -52,6 +78,7 @@ class Compiled:
         )
         self.name = name
         self.lean = lean
+        self.deciding = deciding
         self.failed = False
         self._compiled: Callable | None = None
 
@@ -74,8 +101,14 @@ class Compiled:
 
     def _run(self, args: tuple) -> Any:
         if self._compiled is None:
-            backend = partial(_inductor, self.lean)
-            self._compiled = torch.compile(self.function, fullgraph=True, backend=backend)
+            backend = partial(_inductor, self.lean, bool(self.deciding))
+            filtered = self.deciding and hasattr(torch.compiler, "skip_all_guards_unsafe")
+            self._compiled = torch.compile(
+                self.function,
+                fullgraph=True,
+                backend=backend,
+                options={"guard_filter_fn": self._needed} if filtered else None,
+            )
         try:
             return self._compiled(*args)
         except Exception as error:
@@ -87,13 +120,23 @@ class Compiled:
                 warnings.simplefilter("ignore")
                 return self._compiled(*args)
 
+    def _needed(self, guards: Sequence[Any]) -> list[bool]:
+        return [
+            guard.name in self.deciding
+            if guard.guard_type == "TENSOR_MATCH"
+            else guard.guard_type in _SURROUNDINGS
+            for guard in guards
+        ]
 
-def _inductor(lean: bool, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
+
+def _inductor(
+    lean: bool, bare: bool, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]
+) -> Callable:
     """The default backend with the options of this module that its version has."""
     from torch._functorch import config as partition
     from torch._inductor.compile_fx import compile_fx
 
-    wanted = {**_OPTIONS, "cpp_wrapper": True} if lean else _OPTIONS
+    wanted = {**_OPTIONS, **(_LEAN if lean else {}), **(_BARE if bare else {})}
     known = set(torch._inductor.list_options())
     options = {name: value for name, value in wanted.items() if name in known}
     rules = _PARTITION if lean else {}
@@ -101,7 +144,13 @@ def _inductor(lean: bool, graph: torch.fx.GraphModule, inputs: Sequence[Tensor])
         return compile_fx(graph, inputs, config_patches=options)
 
 
-def compiled(function: FunctionType, name: str, *key: Hashable, lean: bool = False) -> Compiled:
+def compiled(
+    function: FunctionType,
+    name: str,
+    *key: Hashable,
+    lean: bool = False,
+    deciding: tuple[str, ...] = (),
+) -> Compiled:
     """The compiled function, made once for every key.
 
     Args:
@@ -110,10 +159,11 @@ def compiled(function: FunctionType, name: str, *key: Hashable, lean: bool = Fal
         key: what the compiled code depends on, apart from the kind of the tensors; see
             :func:`structure`.
         lean: as in :class:`Compiled`.
+        deciding: as in :class:`Compiled`; the key then holds all that these tensors leave open.
     """
     entry = (function.__module__, function.__qualname__, *key)
     if entry not in _FUNCTIONS:
-        _FUNCTIONS[entry] = Compiled(function, name, lean=lean)
+        _FUNCTIONS[entry] = Compiled(function, name, lean=lean, deciding=deciding)
     return _FUNCTIONS[entry]
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from flowvi.nn._compiled import Compiled, can_compile, compiled
+from flowvi.nn._compiled import Compiled, compiled
 from flowvi.transforms import _rational_quadratic as rq
+from flowvi.transforms._by_hand import by_hand, plain_gradients
 from flowvi.transforms._spline_bins import Bins, OneByOne, SideBySide
 
 __all__ = ["SplinePass", "fastest", "invert", "run"]
@@ -122,8 +123,19 @@ class SplinePass(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor, grad_ladj: Tensor) -> tuple:
         bins, inverse = ctx.bins, ctx.inverse
         value, params, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled() or not can_compile(grad) or _are_many(grad, grad_ladj):
-            return None, None, *_pull_back_plainly(ctx, (grad, grad_ladj))
+        if not by_hand(grad, grad_ladj):
+            plain = SideBySide(bins.num_bins, bins.bound)
+            needs = ctx.needs_input_grad[2:]
+            return (
+                None,
+                None,
+                *plain_gradients(
+                    lambda *sources: run(plain, *sources, inverse)[:2],
+                    (value, params),
+                    needs,
+                    (grad, grad_ladj),
+                ),
+            )
         if isinstance(bins, OneByOne):
             loop = _loop(_backward_loop, bins, inverse)
             flat, *grads = _flat(value, grad, grad_ladj)
@@ -137,20 +149,3 @@ class SplinePass(torch.autograd.Function):
 
 # Where widths, heights, raw slopes and inner flags of a cell lie among what is kept.
 _PARTS = ((2, 5), (5, 8), (8, 10), (10, 12))
-
-
-def _are_many(*grads: Tensor) -> bool:
-    """Whether autograd takes many gradients at once, as for a Jacobian."""
-    return any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
-
-
-def _pull_back_plainly(ctx: FunctionCtx, grads: tuple[Tensor, Tensor]) -> list[Tensor | None]:
-    """By plain operations: for second derivatives, and for many gradients at once."""
-    bins, needs = SideBySide(ctx.bins.num_bins, ctx.bins.bound), ctx.needs_input_grad[2:]
-    value, params, *_ = ctx.saved_tensors
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        outputs = run(bins, value, params, ctx.inverse)[:2]
-    wanted = [source for source, need in zip((value, params), needs, strict=True) if need]
-    made = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph))
-    return [next(made) if need else None for need in needs]

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowvi.nn._compiled import can_compile, compiled, structure
 from flowvi.transforms._dynamics import Dynamics, FlowDynamics, State
+from flowvi.transforms._tanh_solve import Tableau, tanh_run
 
 __all__ = [
     "RK4",
@@ -80,8 +81,10 @@ class FixedStep(Solver):
     backwards. The first solve of a kind (with and without gradients, another structure of the
     field) then takes tens of seconds, and one more for other batch sizes than the first; without
     a C++ compiler a warning says so and the solve runs as without. Solves with penalties or
-    scores, and those inside ``torch.func`` transforms, run as without, too; second derivatives
-    are refused.
+    scores, and those inside ``torch.func`` transforms, run as without, too. For an
+    :class:`flowvi.nn.MLPField` with up to two hidden layers of tanh and its divergence in closed
+    form the backward pass is by hand, which is faster again; for others second derivatives are
+    refused.
 
     Subclasses give ``nodes`` (c), ``rows`` (a), ``weights`` (b) and ``order``.
 
@@ -125,11 +128,14 @@ class FixedStep(Solver):
         embedded = dynamics.field.embed(times)
         piece = math.isqrt(num_steps - 1) + 1 if self.checkpointed else num_steps
         run: Callable = self._run
-        if self.compiled and type(dynamics) is FlowDynamics and not dynamics.terms:
-            if can_compile(x):
+        plain = type(dynamics) is FlowDynamics and not dynamics.terms
+        if self.compiled and plain and can_compile(x):
+            h, by_hand = x.new_full((), h), tanh_run(Tableau(self.rows, self.weights), dynamics)
+            if by_hand is None:
                 piece = _divisor(num_steps, min(COMPILED_STEPS, math.isqrt(num_steps - 1) + 1))
                 run, state = self._compiled_run(dynamics, piece), _tracked(dynamics, state)
-                h = x.new_full((), h)
+            else:
+                run = by_hand
         run = self._checkpointed_run(dynamics, run)
         stages, parts = len(self.nodes), []
         for first in range(0, len(times), stages * piece):
