@@ -162,7 +162,7 @@ def quality(task: Task, name: str, seed: int, num_steps: int) -> dict[str, float
 def bits(model: DiffusionModel, images: Tensor) -> dict[str, float]:
     """Terms in bits per dimension at the same times and noises for every model."""
     pyro.set_rng_seed(10_000)
-    num_times = max(1, min(100, 10_000_000 // images.numel()))
+    num_times = max(1, min(100, 6_400_000 // images.numel()))
     parts = [model.terms(part, num_times=num_times).bits_per_dim() for part in images.split(100)]
     weights = torch.tensor([len(part) / len(images) for part in images.split(100)])
     means = {n: (torch.stack([p[n] for p in parts]) * weights).sum() for n in parts[0]}
@@ -179,13 +179,15 @@ def compare(task: Task, seeds: range, num_steps: int, known: dict, keep: Callabl
             if key not in runs:
                 runs[key] = quality(task, name, seed, num_steps)
                 print(key, runs[key], flush=True)
+                keep({"settings": settings, "runs": runs})
         keep({"settings": settings, "runs": runs, **summary(runs)})
 
 
 def summary(runs: dict[str, dict[str, float]]) -> dict[str, dict]:
     """Means and standard errors over the seeds that both models have; prints them."""
-    seeds = sorted({int(key.split()[-1]) for key in runs})
     names, rows, means = ("VDM", "DiffEnc"), [], {}
+    seeds = sorted({int(key.split()[-1]) for key in runs})
+    seeds = [s for s in seeds if all(f"{name}, seed {s}" in runs for name in names)]
     for name in names:
         own = [runs[f"{name}, seed {seed}"] for seed in seeds]
         means[name] = {part: mean_and_error([r[part] for r in own]) for part in PARTS}

@@ -47,12 +47,29 @@ __all__ = [
 HIDDEN, FEATURES, BATCH = (128, 128, 128), 32, 256
 
 
+def spread(number: int, dim: int) -> Tensor:
+    """A scrambled Sobol sequence in the open unit cube."""
+    return SobolEngine(dim, scramble=True).draw(number).clamp(1e-6, 1 - 1e-6)
+
+
+def in_polar(u: Tensor) -> Tensor:
+    """Standard normal points from the unit square: angle, then radius.
+
+    Every sector of the plane gets its share of an evenly spread sample, which decides how many
+    points a flow takes to each cluster.
+    """
+    angle, radius = 2 * math.pi * u[..., 0], (-2 * u[..., 1].log()).sqrt()
+    return radius.unsqueeze(-1) * torch.stack([angle.cos(), angle.sin()], -1)
+
+
 def eight_gaussians(number: int, *, even: bool = False) -> Tensor:
-    """Eight Gaussians of variance 0.1 on a circle of radius 5; ``even``: equally many of each."""
-    index = torch.arange(number) % 8 if even else torch.randint(8, (number,))
+    """Eight Gaussians of variance 0.1 on a circle of radius 5; ``even``: evenly spread draws."""
+    # Neighbours of a Sobol sequence are spread evenly, every eighth of it is not.
+    index = torch.arange(number) * 8 // number if even else torch.randint(8, (number,))
     angle = index * (math.pi / 4)
     centre = 5 * torch.stack([angle.cos(), angle.sin()], -1)
-    return centre + math.sqrt(0.1) * torch.randn(number, 2)
+    noise = in_polar(spread(number, 2)) if even else torch.randn(number, 2)
+    return centre + math.sqrt(0.1) * noise
 
 
 class Moons(nn.Module):
@@ -66,9 +83,10 @@ class Moons(nn.Module):
         self.register_buffer("centres", 3 * torch.cat([upper, lower]) - 1)
 
     def even(self, number: int) -> Tensor:
-        """Draws with equally many of each component."""
-        centres = self.centres[torch.arange(number) % len(self.centres)]
-        return centres + 0.6 * torch.randn_like(centres)
+        """Evenly spread draws."""
+        u = spread(number, 3)
+        index = (u[:, 0] * len(self.centres)).long()
+        return self.centres[index] + 0.6 * in_polar(u[:, 1:])
 
     def forward(self) -> Distribution:
         weights = Categorical(logits=self.centres.new_zeros(len(self.centres)))
@@ -82,9 +100,8 @@ class Normal2(StandardNormal):
         super().__init__(2)
 
     def even(self, number: int) -> Tensor:
-        """A scrambled Sobol sequence."""
-        engine = SobolEngine(2, scramble=True)
-        return torch.special.ndtri(engine.draw(number).clamp(1e-6, 1 - 1e-6))
+        """Evenly spread draws."""
+        return in_polar(spread(number, 2))
 
 
 @dataclass(frozen=True)
