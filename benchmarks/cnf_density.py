@@ -2,10 +2,13 @@
 
 Three flows see the same batches in turn: flowvi's plain, flowvi's with the penalties of RNODE on
 its paths, and zuko's, all with one field of the same widths, activation and time features, Adam
-and one learning-rate schedule. The penalties fall to zero along a cosine by 70 % of the steps, so
-that they choose the paths, not the density. Afterwards all are evaluated by one and the same
-adaptive solver; "over plain" is the mean difference of the test negative log-likelihoods of the
-same points to those of the plain flow, with its standard error.
+and one learning-rate schedule. The penalties fall along a cosine to a small remainder, as many
+fields give one density and a weak penalty suffices to choose among them. Afterwards all are
+evaluated by one and the same adaptive solver; "over plain" is the difference of the test negative
+log-likelihood of the same points to that of the plain flow. With several seeds all numbers are
+means over them, each with its own weights, batches and test points, "se" and "se over plain" are
+standard errors over seeds, and the integral is the one farthest from 1; with one seed they are
+those over test points.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
 import warnings
@@ -37,7 +41,6 @@ from toys import TOYS  # noqa: E402
 HIDDEN, FREQUENCIES, TEST_POINTS, NFE_POINTS = (64, 64), 3, 10_000, 1000
 TOLERANCE = 1e-5
 GRID = {"half width": 6.0, "points per axis": 320}
-SETTLED = 0.7  # part of the steps after which there are no penalties
 Rates = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -59,9 +62,8 @@ class Contestant:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, num_steps)
         self.weights = [penalty.weight for penalty in self.penalties]
 
-    def step(self, x: Tensor, progress: float) -> None:
+    def step(self, x: Tensor, left: float) -> None:
         began = time.process_time()
-        left = (1 + math.cos(math.pi * min(1.0, progress / SETTLED))) / 2
         for penalty, weight in zip(self.penalties, self.weights, strict=True):
             penalty.weight = left * weight
         self.optimizer.zero_grad()
@@ -144,18 +146,24 @@ def integral(one: Contestant) -> float:
     return float(log_prob.double().exp().sum() * (axis[1] - axis[0]) ** 2)
 
 
-def run(toy: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def penalty_left(progress: float, args: argparse.Namespace) -> float:
+    """Factor of the penalties after a part of the steps."""
+    falling = (1 + math.cos(math.pi * min(1.0, progress / args.settled))) / 2
+    return args.remainder + (1 - args.remainder) * falling
+
+
+def run(toy: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Train on one toy and evaluate."""
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     runners = dict(contestants(args))
     for one in runners.values():
         one.prepare(args.lr, args.num_steps)
     for step in range(args.num_steps):
         x = TOYS[toy](args.batch, generator)
         for one in runners.values():
-            one.step(x, step / args.num_steps)
-    test = TOYS[toy](TEST_POINTS, torch.Generator().manual_seed(10_000 + args.seed))
+            one.step(x, penalty_left(step / args.num_steps, args))
+    test = TOYS[toy](TEST_POINTS, torch.Generator().manual_seed(10_000 + seed))
     nlls = {name: -evaluate(one, test)[0] for name, one in runners.items()}
     results = {}
     for name, one in runners.items():
@@ -174,6 +182,21 @@ def run(toy: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return results
 
 
+def summary(found: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Means over seeds, with standard errors."""
+    if len(found) == 1:
+        return found[0]
+    results = {}
+    for name in found[0]:
+        columns = {key: [one[name][key] for one in found] for key in found[0][name]}
+        means = {key: round(statistics.mean(values), 4) for key, values in columns.items()}
+        for key, source in (("se", "test nll"), ("se over plain", "over plain")):
+            means[key] = round(statistics.stdev(columns[source]) / len(found) ** 0.5, 4)
+        means["integral"] = max(columns["integral"], key=lambda value: abs(value - 1))
+        results[name] = means
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toys", nargs="+", default=list(TOYS), choices=list(TOYS))
@@ -184,7 +207,10 @@ def main() -> None:
     parser.add_argument("--regularised-steps", type=int, default=8, help="with penalties")
     parser.add_argument("--kinetic", type=float, default=0.06)
     parser.add_argument("--jacobian", type=float, default=0.06)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--settled", type=float, default=0.7, help="when penalties are at least")
+    parser.add_argument("--remainder", type=float, default=0.0, help="part of them that stays")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--label", default="", help="what to add to the names of the results")
     parser.add_argument("--without-zuko", action="store_true")
     parser.add_argument("--without-penalties", action="store_true")
     parser.add_argument("--keep", action="store_true", help="keep other results of the file")
@@ -200,20 +226,23 @@ def main() -> None:
     old = json.loads(args.out.read_text("utf-8")) if kept else {}
     results, settings = old.get("results", {}), old.get("settings", {})
     for toy in args.toys:
-        found = run(toy, args)
-        key = f"{toy}, {args.num_steps} steps"
-        results[key], settings[key] = found, setting(args)
+        key = f"{toy}, {args.num_steps} steps" + args.label
+        by_seed = []
+        for seed in args.seeds:
+            by_seed.append(run(toy, seed, args))
+            found = summary(by_seed)
+            results[key], settings[key] = found, {**setting(args), "by seed": by_seed}
+            save(results, settings, args.out)
         columns = list(next(iter(found.values())))
         rows = [[name, *(str(r[c]) for c in columns)] for name, r in found.items()]
         print(f"\n{toy}\n\n" + table(["", *columns], rows), flush=True)
-        save(results, settings, args.out)
 
 
 def setting(args: argparse.Namespace) -> dict[str, Any]:
     """What may differ between the results of one file."""
     return {
         "command": facts()["command"],
-        "seed": args.seed,
+        "seeds": args.seeds,
         "batch": args.batch,
         "lr": args.lr,
         "training solver": f"RK4, {args.solver_steps} steps (flowvi), {args.regularised_steps} "
@@ -221,7 +250,8 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
         "penalties": {
             "kinetic": args.kinetic,
             "jacobian": args.jacobian,
-            "zero after this part of the steps": SETTLED,
+            "least after this part of the steps": args.settled,
+            "remainder": args.remainder,
         },
         "grid": GRID,
     }
