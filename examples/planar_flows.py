@@ -148,7 +148,9 @@ def fit(
     schedule = Schedule(num_steps, warmup_steps=100)
     optim = GlobalOptim(lr, betas=(0.9, 0.999), clip_norm=clip_norm, schedule=schedule)
     svi = (CompiledSVI if compiled else SVI)(model, guide, optim, ELBO(max_plate_nesting=1))
-    bar, mean, average = tqdm(range(num_steps), desc=name), None, Average(0.99)
+    bar, mean = tqdm(range(num_steps), desc=name), None
+    # Short trainings would otherwise keep some of their first weights.
+    average = Average(max(min(0.99, 1 - 25 / num_steps), 0.0))
     for step in bar:
         # Validation looks at every number, which costs a third of a step.
         with pyro.validation_enabled(False):
