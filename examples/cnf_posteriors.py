@@ -129,7 +129,7 @@ def posteriors(german: Path | None) -> dict[str, Posterior]:
         # Its neck gives rare draws with gradients a hundred times the usual ones, and makes the
         # field stiff: hence the bound, the lower rate, and more steps of both kinds.
         "funnel": Posterior(
-            problem.model, problem.args, 0.0, 2600, 256, lr=1e-2, clip_norm=1.0, solver=RK4(8)
+            problem.model, problem.args, 0.0, 2200, 256, lr=1e-2, clip_norm=1.0, solver=RK4(8)
         ),
         "banana": Posterior(
             banana_model,
