@@ -262,6 +262,7 @@ def main() -> None:
                 "lr": lr,
                 "batch": settings.batch,
                 "warmup": run.warmup,
+                "free_bits": run.free_bits,
                 "compiled": options.compiled,
             }
             if name == "frey":
