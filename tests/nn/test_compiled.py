@@ -66,16 +66,18 @@ def test_mistakes_of_the_caller_stay_what_they_are(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about itself, at import
+@pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("lean", [False, True])
-def test_lean_functions_recompute_and_run_from_c(lean, monkeypatch):
+def test_lean_functions_recompute_and_run_from_c(lean, bare, monkeypatch):
     from torch._functorch import config as partition
 
     def compile_fx(graph: object, inputs: object, config_patches: dict) -> tuple:
         return config_patches, partition.ban_recompute_materialized_backward
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
-    options, saves_operands = _inductor(lean, None, [])
+    options, saves_operands = _inductor(lean, bare, None, [])
     assert options.get("cpp_wrapper", False) is lean
+    assert options.get("pattern_matcher", True) is not bare
     assert saves_operands is not lean
     assert partition.ban_recompute_materialized_backward
 
