@@ -58,6 +58,8 @@ class Compiled:
             matrix products, which take longer to compile so.
         deciding: names of the tensors whose kinds decide those of all others, if not all of them
             are to be looked at before every call, which costs more than a small product.
+        static: compile anew for every shape: for functions with derivatives in forward mode,
+            which torch cannot compile for shapes left open.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Compiled:
         *,
         lean: bool = False,
         deciding: tuple[str, ...] = (),
+        static: bool = False,
     ) -> None:
         # torch keeps what it compiled with the code of a function: copies do not share it.
         self.function = FunctionType(
@@ -79,6 +82,7 @@ class Compiled:
         self.name = name
         self.lean = lean
         self.deciding = deciding
+        self.static = static
         self.failed = False
         self._compiled: Callable | None = None
 
@@ -106,6 +110,7 @@ class Compiled:
             self._compiled = torch.compile(
                 self.function,
                 fullgraph=True,
+                dynamic=False if self.static else None,
                 backend=backend,
                 options={"guard_filter_fn": self._needed} if filtered else None,
             )
@@ -150,6 +155,7 @@ def compiled(
     *key: Hashable,
     lean: bool = False,
     deciding: tuple[str, ...] = (),
+    static: bool = False,
 ) -> Compiled:
     """The compiled function, made once for every key.
 
@@ -160,10 +166,11 @@ def compiled(
             :func:`structure`.
         lean: as in :class:`Compiled`.
         deciding: as in :class:`Compiled`; the key then holds all that these tensors leave open.
+        static: as in :class:`Compiled`.
     """
     entry = (function.__module__, function.__qualname__, *key)
     if entry not in _FUNCTIONS:
-        _FUNCTIONS[entry] = Compiled(function, name, lean=lean, deciding=deciding)
+        _FUNCTIONS[entry] = Compiled(function, name, lean=lean, deciding=deciding, static=static)
     return _FUNCTIONS[entry]
 
 

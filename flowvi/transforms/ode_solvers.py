@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from flowvi.nn._compiled import can_compile, compiled, structure
 from flowvi.transforms._dynamics import Dynamics, FlowDynamics, State
 from flowvi.transforms._tanh_solve import Tableau, tanh_run
+from flowvi.transforms.divergence import ExactDivergence
 
 __all__ = [
     "RK4",
@@ -79,12 +80,12 @@ class FixedStep(Solver):
 
     With ``compiled`` up to two steps run as one graph of ``torch.compile``, forwards and
     backwards. The first solve of a kind (with and without gradients, another structure of the
-    field) then takes tens of seconds, and one more for other batch sizes than the first; without
-    a C++ compiler a warning says so and the solve runs as without. Solves with penalties or
-    scores, and those inside ``torch.func`` transforms, run as without, too. For an
-    :class:`flowvi.nn.MLPField` with up to two hidden layers of tanh and its divergence in closed
-    form the backward pass is by hand, which is faster again; for others second derivatives are
-    refused.
+    field) then takes tens of seconds, and one more for other batch sizes than the first (every
+    one, with :class:`ExactDivergence`); without a C++ compiler a warning says so and the solve
+    runs as without. Solves with penalties or scores, and those inside ``torch.func`` transforms,
+    run as without, too. For an :class:`flowvi.nn.MLPField` with up to two hidden layers of tanh
+    and its divergence in closed form the backward pass is by hand, which is faster again; for
+    others second derivatives are refused.
 
     Subclasses give ``nodes`` (c), ``rows`` (a), ``weights`` (b) and ``order``.
 
@@ -146,8 +147,10 @@ class FixedStep(Solver):
         return Solution(state, totals, stages * num_steps)
 
     def _compiled_run(self, dynamics: Dynamics, piece: int) -> Callable:
-        key = (type(self), piece, structure(dynamics.field), type(dynamics.problem.divergence))
-        run = compiled(_run_steps, f"The solve of {dynamics.problem.name}", *key, lean=True)
+        divergence = type(dynamics.problem.divergence)
+        key = (type(self), piece, structure(dynamics.field), divergence)
+        name, static = f"The solve of {dynamics.problem.name}", divergence is ExactDivergence
+        run = compiled(_run_steps, name, *key, lean=True, static=static)
         return lambda *args: run(type(self), *args)
 
     def _checkpointed_run(self, dynamics: Dynamics, run: Callable) -> Callable:
