@@ -64,7 +64,7 @@ class Task:
         encoder: makes the encoder's network.
         batch_size: images of a step.
         lr: learning rate, which falls to 0 along a cosine.
-        decay: of the moving average of the weights, which takes in every fourth step.
+        decay: largest decay of the moving average of the weights.
     """
 
     images: Images
@@ -84,9 +84,9 @@ class Task:
         encoder = LearnedEncoder(self.encoder(), schedule)
         return DiffEnc(end, self.network(True), encoder, schedule)
 
-    def decay_over(self, num_steps: int) -> float:
-        """Decay by which a short training too forgets its first weights."""
-        return max(min(self.decay, 1 - 25 / num_steps), 0.0)
+    def average(self, num_steps: int) -> Average:
+        """Average of the weights that takes in every fourth step."""
+        return Average.over(len(range(0, num_steps, 4)), self.decay)
 
     def settings(self, num_steps: int) -> dict[str, float]:
         """What a run depends on besides its seed."""
@@ -94,7 +94,7 @@ class Task:
             "num_steps": num_steps,
             "batch_size": self.batch_size,
             "lr": self.lr,
-            "decay": self.decay_over(num_steps),
+            "decay": self.average(num_steps).decay,
             "log_snr": [-5.0, self.high],
             "test images": len(self.images.test),
         }
@@ -137,7 +137,7 @@ def train(task: Task, model: DiffusionModel, seed: int, num_steps: int) -> Avera
     images, batches = task.images.train.long(), torch.Generator().manual_seed(seed)
     optim = GlobalOptim(task.lr, schedule=Schedule(num_steps, warmup_steps=100))
     svi = CompiledSVI(model.model, model.guide, optim, ELBO(max_plate_nesting=1), fallback=True)
-    average = Average(task.decay_over(num_steps))
+    average = task.average(num_steps)
     with pyro.validation_enabled(False):
         for step in range(num_steps):
             index = torch.randint(len(images), (task.batch_size,), generator=batches)

@@ -149,8 +149,7 @@ def fit(
     optim = GlobalOptim(lr, betas=(0.9, 0.999), clip_norm=clip_norm, schedule=schedule)
     svi = (CompiledSVI if compiled else SVI)(model, guide, optim, ELBO(max_plate_nesting=1))
     bar, mean = tqdm(range(num_steps), desc=name), None
-    # Short trainings would otherwise keep some of their first weights.
-    average = Average(max(min(0.99, 1 - 25 / num_steps), 0.0))
+    average = Average.over(len(range(0, num_steps, 4)))
     for step in bar:
         # Validation looks at every number, which costs a third of a step.
         with pyro.validation_enabled(False):

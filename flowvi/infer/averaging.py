@@ -30,6 +30,16 @@ class Average:
         self.decay = decay
         self.values: dict[str, Tensor] = {}
 
+    @classmethod
+    def over(cls, num_updates: int, decay: float = 0.99) -> Average:
+        """One that has all but forgotten its first values after so many updates.
+
+        Args:
+            num_updates: number of updates to come.
+            decay: largest decay; fewer updates get a smaller one.
+        """
+        return cls(max(min(decay, 1 - 6.25 / num_updates), 0.0))
+
     @torch.no_grad()
     def update(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Move towards the present values; new names start at theirs."""

@@ -152,6 +152,14 @@ def test_plateau_rule_for_noise():
     assert not any(rule.update(falling[:n]) for n in range(100, 1001, 100))
 
 
+@pytest.mark.parametrize("num_updates", [1, 5, 125, 250, 1000])
+def test_average_over_few_updates_forgets_its_first_value(num_updates):
+    average = Average.over(num_updates)
+    assert average.decay**num_updates < 0.002
+    assert average.decay <= 0.99
+    assert Average.over(10**6, 0.98).decay == 0.98
+
+
 def test_average_is_the_recursion():
     p = torch.zeros(2)
     average = Average(0.9)

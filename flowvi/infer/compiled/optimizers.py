@@ -25,9 +25,6 @@ from flowvi.infer.optim import GlobalOptim
 
 __all__ = ["OptimizerState", "state_of"]
 
-_ADAM_KEYS = ("exp_avg", "exp_avg_sq")
-_RMSPROP_KEYS = ("square_avg", "grad_avg")
-
 
 class OptimizerState(ABC):
     """An optimiser whose state lives in the flat buffers of a step.
@@ -104,7 +101,7 @@ class _Global(OptimizerState):
         self.update = GlobalAdam(betas=optim.betas, clip_norm=optim.clip_norm)
 
     def _bind_one(self, i: int, param: Tensor, moments: list[Tensor], count: Tensor) -> None:
-        views = dict(zip(("step", *_ADAM_KEYS), (count, *moments), strict=True))
+        views = dict(zip(("step", *self.update.state_keys), (count, *moments), strict=True))
         old = self.optim.moments.get(self._names[i], {})
         for key, view in views.items():
             view.copy_(old[key]) if old else view.zero_()
@@ -180,14 +177,10 @@ class _PerParameter(OptimizerState):
             return
         state = self.optim.optim_objs[param].state[param]
         if isinstance(self.update, SGD):
-            keys = ("momentum_buffer",) if self.update.momentum else ()
             count.fill_(1.0 if state.get("momentum_buffer") is not None else 0.0)
         else:
-            keys = _RMSPROP_KEYS if isinstance(self.update, RMSprop) else _ADAM_KEYS
-            if isinstance(self.update, RMSprop) and not self.update.centered:
-                keys = keys[:1]
             count.fill_(float(state.get("step", 0)))
-        for key, view in zip(keys, moments, strict=False):
+        for key, view in zip(self.update.state_keys, moments, strict=False):
             old = state.get(key)
             view.zero_() if old is None else view.copy_(old)
             state[key] = view

@@ -26,6 +26,11 @@ class Update(ABC):
 
     num_moments = 0
 
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """Names of the moments in the state of the eager optimiser."""
+        return ()
+
     @abstractmethod
     def __call__(
         self, param: Tensor, moments: list[Tensor], grad: Tensor, count: Tensor, lr: Tensor
@@ -71,6 +76,10 @@ class AdamFamily(Update):
     weight_decay: float = 0.0
 
     num_moments = 2
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
 
     def _moments(self, moments: list[Tensor], grad: Tensor) -> list[Tensor]:
         (beta1, beta2), (first, second) = self.betas, moments
@@ -160,6 +169,12 @@ class ClippedAdam(AdamFamily):
         return param - size * first / (second.sqrt() + self.eps), [first, second]
 
 
+def _decayed(update: SGD | RMSprop, param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient to be followed down, with that of the weight decay."""
+    grad = -grad if update.maximize else grad
+    return grad + update.weight_decay * param if update.weight_decay else grad
+
+
 @dataclass(frozen=True)
 class SGD(Update):
     """``torch.optim.SGD``.
@@ -180,14 +195,16 @@ class SGD(Update):
 
     num_moments = 1
 
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if self.momentum else ()
+
     def __call__(
         self, param: Tensor, moments: list[Tensor], grad: Tensor, count: Tensor, lr: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         damped = torch.where(count == 1, 1.0, 1 - self.dampening)
         rate, share = coefficients(lr, damped, like=param)
-        grad = -grad if self.maximize else grad
-        if self.weight_decay:
-            grad = grad + self.weight_decay * param
+        grad = _decayed(self, param, grad)
         if not self.momentum:
             return param - rate * grad, moments
         total = moments[0] * self.momentum + share * grad
@@ -215,13 +232,15 @@ class RMSprop(Update):
 
     num_moments = 2
 
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        return ("square_avg", "grad_avg") if self.centered else ("square_avg",)
+
     def __call__(
         self, param: Tensor, moments: list[Tensor], grad: Tensor, count: Tensor, lr: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         (rate,) = coefficients(lr, like=param)
-        grad = -grad if self.maximize else grad
-        if self.weight_decay:
-            grad = grad + self.weight_decay * param
+        grad = _decayed(self, param, grad)
         second, first = moments
         second = second * self.alpha + grad * grad * (1 - self.alpha)
         spread = second
