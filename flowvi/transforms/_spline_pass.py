@@ -124,18 +124,13 @@ class SplinePass(torch.autograd.Function):
         bins, inverse = ctx.bins, ctx.inverse
         value, params, *kept = ctx.saved_tensors
         if not by_hand(grad, grad_ladj):
-            plain = SideBySide(bins.num_bins, bins.bound)
-            needs = ctx.needs_input_grad[2:]
-            return (
-                None,
-                None,
-                *plain_gradients(
-                    lambda *sources: run(plain, *sources, inverse)[:2],
-                    (value, params),
-                    needs,
-                    (grad, grad_ladj),
-                ),
-            )
+            plain, needs = SideBySide(bins.num_bins, bins.bound), ctx.needs_input_grad[2:]
+
+            def plainly(value: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+                return run(plain, value, params, inverse)[:2]
+
+            made = plain_gradients(plainly, (value, params), needs, (grad, grad_ladj))
+            return None, None, *made
         if isinstance(bins, OneByOne):
             loop = _loop(_backward_loop, bins, inverse)
             flat, *grads = _flat(value, grad, grad_ladj)
