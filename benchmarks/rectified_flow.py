@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
 def in_plane(problem: str, coupling: str, num_steps: int, seed: int) -> dict[str, Any]:
     """One flow in the plane; distances also without what two samples of the data differ by."""
     began = time.process_time()
-    flow = train(problem, coupling, num_steps, seed, compiled=num_steps >= 1000)
+    flow = train(problem, coupling, num_steps, seed)
     seconds = time.process_time() - began
     found = asdict(judge(flow))
     found["few_above_floor"] = math.sqrt(max(found["few"] ** 2 - found["floor"] ** 2, 0.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pyro
 import torch
@@ -16,7 +17,7 @@ from flowvi.models.pair import ModelGuidePair, check_context
 from flowvi.models.rectified_terms import RectifiedTerms
 from flowvi.models.transport import TransportCost
 from flowvi.nn import VectorField
-from flowvi.paths import LateTimes, Path, StochasticInterpolant, TimeLaw
+from flowvi.paths import Diffusion, LateTimes, Path, StochasticInterpolant, TimeLaw
 from flowvi.samplers import DriftProcess, ProbabilityFlow, Sampler, sample_path
 from flowvi.transforms import Continuous, Divergence, Midpoint, Solver
 
@@ -299,13 +300,24 @@ class RectifiedFlow(ModelGuidePair):
         new.coupling = PairedCoupling()
         return new
 
-    def straighten(self, field: VectorField | None = None) -> RectifiedFlow:
+    def straighten(
+        self,
+        field: VectorField | None = None,
+        *,
+        diffusion: float | Callable | Diffusion = 1.0,
+        times: TimeLaw | None = None,
+    ) -> RectifiedFlow:
         """A flow along straight lines between the ends that this coupling joins.
 
-        The coupling is copied as it is now and no longer trained.
+        The coupling is copied as it is now and no longer trained, so ``diffusion`` and ``times``
+        only say which times count how much. Under a nearly deterministic coupling the velocity
+        jumps between neighbouring starts and is smooth soon after, so that early times deserve
+        more than their share.
 
         Args:
             field: velocity of the new flow; a copy of this field if left out.
+            diffusion: b, whose inverse square weighs the times.
+            times: law of the random times; uniform if left out.
 
         Raises:
             NotImplementedError: if the path takes no coupling.
@@ -317,8 +329,8 @@ class RectifiedFlow(ModelGuidePair):
             )
         field = copy.deepcopy(self.field) if field is None else field
         coupling = copy.deepcopy(self.coupling).requires_grad_(False)
-        path = StochasticInterpolant(self.dim, None, 1.0)
-        options = {"num_steps": self.num_steps, "num_total": self.num_total}
+        path = StochasticInterpolant(self.dim, None, diffusion)
+        options = {"times": times, "num_steps": self.num_steps, "num_total": self.num_total}
         return RectifiedFlow(field, path, coupling, start=self.start, **options)
 
     def _drift(self, context: Tensor | None) -> object:

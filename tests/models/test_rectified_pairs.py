@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -30,6 +31,7 @@ from flowvi.nn import MLPField
 from flowvi.objectives import ELBO, IWAE, STL
 from flowvi.paths import (
     BrownianBridge,
+    DensityTimes,
     DiffusionPath,
     GaussianPath,
     LinearLogSNR,
@@ -216,6 +218,21 @@ def test_straighten_keeps_the_coupling():
     assert torch.equal(*laws)
     with pytest.raises(NotImplementedError, match="takes no coupling"):
         flow(gaussian()).straighten()
+
+
+def test_straighten_weighs_times():
+    def density(t: Tensor) -> Tensor:
+        return 0.5 + 15 * torch.exp(-30 * t)
+
+    second = flow(BrownianBridge(2, 0.5), learned()).straighten(
+        diffusion=lambda t: density(t).rsqrt(), times=DensityTimes(density)
+    )
+    x = torch.randn(4000, 2)
+    draw = second.posterior(x).unpack(second.posterior(x).sample())
+    # Every item counts alike, whatever its time; half of them are early.
+    assert (draw.weight / draw.diffusion.square()).sub(1).abs().max() < 0.05
+    late = draw.time > 0.15
+    assert late.double().mean() == pytest.approx(0.5 * 0.85 + 0.5 * math.exp(-4.5), abs=0.01)
 
 
 def test_bounds_that_exponentiate_are_refused():
