@@ -28,6 +28,7 @@ from flowvi.diagnostics.shifts import (
     Shifts,
     combine_shifts,
     flatten_values,
+    heavy_tails,
     importance_shifts,
     natural_labels,
     sample_shifts,
@@ -55,6 +56,7 @@ class Check:
         advice: what to do, in plain sentences.
         shifts: guide against posterior for every parameter, the best estimate; None if the
             guide has too few draws with a density.
+        heavy: parameters with such heavy tails that ``shifts`` compares their central 98 % alone.
         guide_mean: means of the guide, one per label of ``shifts``.
         guide_sd: standard deviations of the guide.
         drift: the drift test; None as above.
@@ -74,6 +76,7 @@ class Check:
     findings: tuple[Finding, ...]
     advice: tuple[str, ...]
     shifts: Shifts | None
+    heavy: tuple[str, ...]
     guide_mean: Tensor
     guide_sd: Tensor
     drift: DriftTest | None
@@ -96,11 +99,24 @@ class Check:
             return (
                 "The fit looks good: nothing is off beyond what this check can see. Largest "
                 f"error of a mean {shift:.2f} posterior sd, of an sd {100 * spread:.0f} %."
+                + self._about_tails()
             )
         named = [f.message for f in self.findings[:6]]
         rest = len(self.findings) - len(named)
         lines = ["The fit is not good.", *[f"- {message}" for message in named]]
-        return "\n".join(lines + ([f"- and {rest} more."] if rest else []))
+        lines += [f"- and {rest} more."] if rest else []
+        return "\n".join(lines) + self._about_tails()
+
+    def _about_tails(self) -> str:
+        """What the verdict does not cover."""
+        if not self.heavy:
+            return ""
+        named = ", ".join(self.heavy[:4]) + (", ..." if len(self.heavy) > 4 else "")
+        return (
+            f"\nTails of {len(self.heavy)} parameters ({named}) are too heavy for an sd to be "
+            f"estimated from {len(self.draws)} draws: their central 98 % was compared, and how "
+            "far they reach beyond it is not known."
+        )
 
     def table(self) -> str:
         """Every parameter with the guide's mean and sd and their errors, as text."""
@@ -207,6 +223,8 @@ def check(
                 guide_draws(other, target, num_draws, args, kwargs).values, target
             )
             first = flatten_values(draws.values, target)
+            ends = heavy_tails(second)[1:]
+            first, second = first.clamp(*ends), second.clamp(*ends)
             evidence.agreement = sample_shifts(natural_labels(target), first, second)
         evidence.gradient = elbo_gradient(
             model, guide, args, kwargs, max_plate_nesting=target.max_plate_nesting
@@ -249,9 +267,18 @@ def _gather(draws: Draws, target: Target, num_chains: int, modes: Sequence[Mode]
         evidence.shifts = drift.natural
         if words.weights_usable(k, evidence.ess / len(kept)):
             values = flatten_values(kept.values, target)
+            values = values.clamp(*heavy_tails(values)[1:])
             weighted = importance_shifts(drift.natural.labels, values, smoothed)
             evidence.shifts = combine_shifts(drift.natural, weighted)
     return evidence
+
+
+def _heavy(drift: DriftTest | None) -> tuple[str, ...]:
+    """Names of the parameters with heavy tails."""
+    if drift is None:
+        return ()
+    flags = drift.heavy.tolist()
+    return tuple(name for name, flag in zip(drift.natural.labels, flags, strict=True) if flag)
 
 
 def _bounds(log_weights: Tensor, ess: float) -> dict[int, Bound]:
@@ -303,6 +330,7 @@ def _report(
         findings=tuple(findings),
         advice=tuple(words.advice(findings, evidence.pareto_k, share, evidence.gradient)),
         shifts=evidence.shifts,
+        heavy=_heavy(evidence.drift),
         guide_mean=values.mean(0),
         guide_sd=values.std(0),
         drift=evidence.drift,

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flowvi.diagnostics.shifts import Shifts, chain_shifts, flatten_values, natural_labels
+from flowvi.diagnostics.shifts import (
+    Shifts,
+    chain_shifts,
+    flatten_values,
+    heavy_tails,
+    natural_labels,
+)
 from flowvi.infer.draws import Draws
 from flowvi.infer.target import Target
 
@@ -25,6 +31,8 @@ class DriftTest:
 
     Args:
         natural: shifts of the constrained parameters.
+        heavy: which of them have tails so heavy (:func:`~.shifts.heavy_tails`) that values beyond
+            the central 98 % of the guide's draws were moved to its ends.
         whitened: shifts along the axes in which the guide has unit covariance.
         acceptance: mean acceptance probability of the kept transitions.
         step_size: adapted step size, in guide standard deviations.
@@ -33,6 +41,7 @@ class DriftTest:
     """
 
     natural: Shifts
+    heavy: Tensor
     whitened: Shifts
     acceptance: float
     step_size: float
@@ -112,10 +121,13 @@ def drift_test(
     flat = target.constrain(states.reshape(-1, target.dim))
     values = flatten_values(flat, target).reshape(num_kept, num_chains, -1)
     guide = flatten_values(draws.values, target)[finite]
+    heavy, low, high = heavy_tails(guide)
+    guide, values = guide.clamp(low, high), values.clamp(low, high)
     axes = [f"axis {i}" for i in range(target.dim)]
     whitened = _whiten(z, loc, scale_tril)
     return DriftTest(
         natural=chain_shifts(natural_labels(target), guide, guide[picked], values),
+        heavy=heavy,
         whitened=chain_shifts(axes, whitened, whitened[picked], u),
         acceptance=acceptance,
         step_size=walk.step_size,

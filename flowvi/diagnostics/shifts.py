@@ -16,6 +16,7 @@ __all__ = [
     "chain_shifts",
     "combine_shifts",
     "flatten_values",
+    "heavy_tails",
     "importance_shifts",
     "natural_labels",
     "sample_shifts",
@@ -25,6 +26,10 @@ __all__ = [
 # overruling the chains entirely.
 _LEAST_ERROR = 0.005
 _CLASH = 4.0
+
+_TAIL = 0.05  # share of the draws that a tail index is fitted to
+_HEAVY = 0.25  # from here on the fourth moment is infinite
+_CENTRE = 0.98
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,42 @@ def natural_labels(target: Target) -> list[str]:
 def flatten_values(values: dict[str, Tensor], target: Target) -> Tensor:
     """Latent values side by side, ``(num_draws, number of natural_labels)``."""
     return torch.cat([values[name].reshape(len(values[name]), -1) for name in target.sites], -1)
+
+
+def heavy_tails(guide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Coordinates whose standard deviation no sample of this size shows, and their centre.
+
+    The error of a sample's standard deviation is governed by the fourth moment. Where that is
+    infinite, or the tail looks so as far as the draws reach, rare draws beyond the last one
+    decide, and an error computed from the sample is far too small. The index of the tail of
+    :math:`|x - \operatorname{median}|` is found by the moment estimator on its largest
+    twentieth.
+
+    Args:
+        guide: draws ``(num_draws, num_labels)``.
+
+    Returns:
+        Which coordinates are heavy, and the ends of the central 98 % of those (infinite ends for
+        all others), each ``(num_labels,)``.
+
+    References:
+        Dekkers, Einmahl and de Haan (1989), A moment estimator for the index of an extreme-value
+        distribution, equation 1.7.
+    """
+    far = (guide - guide.median(0).values).abs()
+    number = max(int(_TAIL * len(guide)), 5)
+    top = far.topk(min(number + 1, len(guide)), dim=0).values
+    tiny = torch.finfo(guide.dtype).tiny
+    logs = (top[:-1].clamp(min=tiny) / top[-1].clamp(min=tiny)).log()
+    first, second = logs.mean(0), logs.square().mean(0)
+    index = first + 1 - 0.5 / (1 - first.square() / second)
+    heavy = index.nan_to_num(nan=0.0) > _HEAVY
+    low, high = torch.full_like(guide[0], -math.inf), torch.full_like(guide[0], math.inf)
+    if bool(heavy.any()):
+        ordered = guide[:, heavy].sort(0).values
+        cut = int((1 - _CENTRE) / 2 * len(guide))
+        low[heavy], high[heavy] = ordered[cut], ordered[len(guide) - 1 - cut]
+    return heavy, low, high
 
 
 def chain_shifts(labels: list[str], guide: Tensor, start: Tensor, chains: Tensor) -> Shifts:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from flowvi.diagnostics.drift import DriftTest
 from flowvi.diagnostics.gradient import Gradient
@@ -44,6 +45,8 @@ class Limits:
         mode: largest error of a mode's share, in standard deviations between the modes.
         unreached: largest log-ratio of the mass of all modes to the mass that the guide sees.
         dead: largest share of draws without a density under the model.
+        false_alarms: expected share of parameters that are named by noise alone, among those
+            named; for a guide without error, the chance that any is.
     """
 
     mean: float = 0.1
@@ -54,6 +57,7 @@ class Limits:
     mode: float = 0.25
     unreached: float = 1.0
     dead: float = 0.005
+    false_alarms: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -74,18 +78,23 @@ class Finding:
 
 
 def judge_shifts(shifts: Shifts, limits: Limits) -> list[Finding]:
-    """Parameters whose mean or standard deviation is off, worst first."""
+    """Parameters whose mean or standard deviation is off, worst first.
+
+    An error is named if it is beyond its limit and no noise, given how many are looked at.
+    """
     findings = []
+    clear = _discoveries(torch.cat([shifts.mean_z, shifts.log_sd_z]), limits.false_alarms)
+    clear_mean, clear_sd = clear.chunk(2)
     for j, label in enumerate(shifts.labels):
         parts, sizes, causes = [], [], []
         mean, se = float(shifts.mean[j]), float(shifts.mean_se[j])
-        if abs(mean) > limits.mean and abs(mean) > 2 * se:
+        if abs(mean) > limits.mean and clear_mean[j]:
             side = "high" if mean > 0 else "low"
             parts.append(f"its mean is {abs(mean):.2f} posterior sd too {side} (+- {se:.2f})")
             sizes.append(abs(mean) / limits.mean)
             causes.append("mean")
         log_sd, se = float(shifts.log_sd[j]), float(shifts.log_sd_se[j])
-        if abs(log_sd) > math.log1p(limits.sd) and abs(log_sd) > 2 * se:
+        if abs(log_sd) > math.log1p(limits.sd) and clear_sd[j]:
             parts.append(f"its sd is {_percent(log_sd)} (+- {100 * se:.0f} %)")
             sizes.append(abs(log_sd) / math.log1p(limits.sd))
             causes.append("narrow" if log_sd < 0 else "wide")
@@ -94,6 +103,19 @@ def judge_shifts(shifts: Shifts, limits: Limits) -> list[Finding]:
             message = f"{label}: {' and '.join(parts)}."
             findings.append(Finding(label, message, sizes[worst], causes[worst]))
     return sorted(findings, key=lambda f: -f.size)
+
+
+def _discoveries(z: Tensor, rate: float) -> Tensor:
+    """Which of many z-scores are no noise, at this rate of false discoveries.
+
+    References:
+        Benjamini and Hochberg (1995), Controlling the false discovery rate, section 3.1.
+    """
+    p_values = torch.special.erfc(z.double().abs().nan_to_num(nan=math.inf) / math.sqrt(2))
+    ordered = p_values.sort().values
+    allowed = rate * torch.arange(1, len(z) + 1, device=z.device) / len(z)
+    passed = ordered[ordered <= allowed]
+    return p_values <= passed[-1] if len(passed) else torch.zeros_like(p_values, dtype=torch.bool)
 
 
 def judge_drift(drift: DriftTest, names: list[str], limits: Limits) -> list[Finding]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowvi.nn._layered import LayeredField
 from flowvi.nn.mlp import value_and_slope
@@ -107,13 +108,17 @@ class GatedField(LayeredField):
         (a_l, g_l) = W_l h_{l-1} + b_l + A_l \phi(t) + B_l c, \qquad v = W_{L+1} h_L + b_{L+1}
 
     with the logistic function s. The divergence costs four times the matrix product of
-    :class:`MLPField`.
+    :class:`MLPField`. With identities as activation and gate, one hidden layer is every quadratic
+    field of rank up to its width: exact for funnels, whose scale is a product of coordinates, out
+    into the tails where the logistic function has levelled off. Quadratic fields can carry a
+    far state to infinity; objectives leave such draws out and count them.
 
     Args:
         input_dim: number of dimensions, at least 1.
         hidden_dims: widths of the hidden layers; empty for an affine field.
         context_dim: length of the context vector; 0 for none.
         activation: makes the nonlinearity; smooth, or the divergence has jumps.
+        gate: makes s.
         num_frequencies: number of frequencies of the time features.
         low_rank: as in :class:`MLPField`.
         hyper_dims: widths of that network's hidden layers.
@@ -122,7 +127,8 @@ class GatedField(LayeredField):
     References:
         Grathwohl et al. (2019), FFJORD, arXiv:1810.01367, appendix B.1, gated layers; van den
         Oord et al. (2016), Conditional image generation with PixelCNN decoders,
-        arXiv:1606.05328, equation 2, for the unit.
+        arXiv:1606.05328, equation 2, for the unit; Shazeer (2020), GLU variants improve
+        transformer, arXiv:2002.05202, equation 5, for other gates.
 
     Example:
         >>> GatedField(3, (16, 16))(0.5, torch.zeros(7, 3)).shape
@@ -131,16 +137,27 @@ class GatedField(LayeredField):
 
     rows_per_unit = 2
 
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        context_dim: int = 0,
+        *,
+        gate: Callable[[], nn.Module] = nn.Sigmoid,
+        **options: Any,
+    ) -> None:
+        super().__init__(input_dim, hidden_dims, context_dim, **options)
+        self.gate = gate()
+
     def modulation_sizes(self, outputs: Sequence[int]) -> list[int]:
         return list(outputs)
 
     def unit(self, z: Tensor, modulation: Tensor) -> Tensor:
         value, gate = (z + modulation).chunk(2, -1)
-        return self.activation(value) * gate.sigmoid()
+        return self.activation(value) * self.gate(gate)
 
     def unit_and_slopes(self, z: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
         value, gate = (z + modulation).chunk(2, -1)
         value, slope = value_and_slope(self.activation, value)
-        gate = gate.sigmoid()
-        h = value * gate
-        return h, torch.cat([slope * gate, h * (1 - gate)], -1)
+        gate, gate_slope = value_and_slope(self.gate, gate)
+        return value * gate, torch.cat([slope * gate, value * gate_slope], -1)

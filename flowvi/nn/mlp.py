@@ -157,6 +157,11 @@ def value_and_slope(activation: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
     if type(activation) is nn.Tanh:
         value = torch.tanh(z)
         return value, torch.addcmul(z.new_ones(()), value, value, value=-1)
+    if type(activation) is nn.Sigmoid:
+        value = torch.sigmoid(z)
+        return value, torch.addcmul(value, value, value, value=-1)
+    if type(activation) is nn.Identity:
+        return z, torch.ones_like(z)
     if type(activation) is nn.Softplus:
         return activation(z), torch.sigmoid(activation.beta * z)
     return torch.func.jvp(activation, (z,), (torch.ones_like(z),))

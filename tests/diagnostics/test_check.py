@@ -11,7 +11,8 @@ from diagnostics_models import DIM, LOC, LOG_Z, SCALE_TRIL, exact_draws, guide_o
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from flowvi.diagnostics import Check, check, elbo_gradient, mode_coverage
-from flowvi.diagnostics.verdict import advice, weights_usable
+from flowvi.diagnostics.shifts import Shifts
+from flowvi.diagnostics.verdict import Limits, advice, judge_shifts, weights_usable
 from flowvi.infer.draws import guide_draws
 from flowvi.infer.modes import Mode
 from flowvi.infer.target import Target
@@ -91,6 +92,54 @@ def test_same_seed_same_check_and_global_state_is_kept():
     first, second = (_check(guide_of(), num_draws=500) for _ in range(2))
     torch.testing.assert_close(first.shifts.mean, second.shifts.mean, rtol=0, atol=0)
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def test_an_error_must_be_clear_among_many():
+    # One score of 2.5 in a hundred is noise, in two it is not, and ten of them are not either.
+    quiet = [0.3, -1.2, 0.8, -0.4] * 24
+
+    def findings(scores):
+        z = torch.tensor(scores)
+        none = torch.zeros_like(z)
+        shifts = Shifts([f"x{i}" for i in range(len(z))], 0.15 * z, 0.15 + none, none, 1 + none)
+        return {finding.subject for finding in judge_shifts(shifts, Limits())}
+
+    assert findings([2.5]) == {"x0"}
+    assert not findings([2.5, *quiet])
+    assert findings([4.5, *quiet]) == {"x0"}
+    assert findings([3.2] * 10 + quiet) == {f"x{i}" for i in range(10)}
+
+
+def test_false_alarms_stay_at_their_rate():
+    z = torch.randn(2000, 40)
+    alarms = 0
+    for row in z:
+        none = torch.zeros(20)
+        # Limits of nearly zero leave the test of the noise alone.
+        shifts = Shifts(list(map(str, range(20))), row[:20], none + 1, row[20:], none + 1)
+        alarms += bool(judge_shifts(shifts, Limits(mean=1e-9, sd=1e-9)))
+    assert alarms / 2000 == pytest.approx(0.05, abs=0.02)
+
+
+def _funnel(scale):
+    def program():
+        z0 = pyro.sample("z0", dist.Normal(torch.tensor(0.0), scale))
+        with pyro.plate("rest", 3):
+            pyro.sample("z", dist.Normal(torch.zeros_like(z0), (0.5 * z0).exp()))
+
+    return program
+
+
+def test_heavy_tails_are_compared_in_their_centre():
+    result = check(_funnel(3.0), _funnel(2.97), seed=0, search_modes=False)
+    # The sds of z differ by 4 %, in rare draws only, which 4000 draws do not show.
+    assert result.heavy == ("z[0]", "z[1]", "z[2]")
+    assert result.good
+    assert "Tails of 3 parameters (z[0], z[1], z[2]) are too heavy" in result.verdict
+    assert float(result.shifts.log_sd.abs().max()) < 0.05
+    wide = check(_funnel(3.0), _funnel(3.6), seed=0, search_modes=False)
+    assert not wide.good
+    assert wide.heavy
 
 
 def test_two_fits_that_disagree():

@@ -15,6 +15,7 @@ from flowvi.diagnostics.shifts import (
     Shifts,
     chain_shifts,
     combine_shifts,
+    heavy_tails,
     importance_shifts,
     natural_labels,
     sample_shifts,
@@ -89,6 +90,25 @@ def test_importance_shifts_have_honest_errors():
     # 160 scores each, correlated within a run.
     spread = torch.stack(scores).std((0, 2))
     assert bool(((spread > 0.75) & (spread < 1.3)).all())
+
+
+def test_heavy_tails_are_told_from_light_ones():
+    number = 4000
+    uniform = torch.rand(number, 20)
+    light = torch.cat(
+        [torch.randn(number, 20), uniform, -uniform.log(), (uniform < 0.1).to(uniform)], -1
+    )
+    heavy, low, high = heavy_tails(light)
+    assert not heavy.any()
+    assert torch.equal(light.clamp(low, high), light)
+    cauchy = torch.randn(number, 20) / torch.randn(number, 20)
+    funnel = torch.randn(number, 20) * (1.5 * torch.randn(number, 20)).exp()
+    heavy, low, high = heavy_tails(torch.cat([cauchy, funnel], -1))
+    assert heavy.all()
+    inside = (cauchy >= low[:20]) & (cauchy <= high[:20])
+    assert inside.double().mean(0) == pytest.approx(torch.full((20,), 0.98).numpy(), abs=1e-3)
+    # Quantiles 0.01 and 0.99 of a Cauchy law are -31.8 and 31.8.
+    assert float(high[:20].median()) == pytest.approx(31.8, rel=0.15)
 
 
 def test_sample_shifts():

@@ -32,6 +32,10 @@ FIELDS = {
     for hidden in ((), (5,), (5, 4), (5, 4, 6))
     for label, (context, options) in OPTIONS.items()
 }
+FIELDS["GatedField, 1 hidden, quadratic"] = partial(
+    GatedField, 3, (5,), activation=nn.Identity, gate=nn.Identity
+)
+FIELDS["GatedField, 2 hidden, softplus gate"] = partial(GatedField, 3, (5, 4), gate=nn.Softplus)
 FIELDS |= {
     f"PotentialField, {layers} layers, context {context}": partial(
         PotentialField, 3, 5, context, num_layers=layers, rank=2
