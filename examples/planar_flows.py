@@ -229,7 +229,7 @@ def independent(problem: Problem, num_steps: int) -> RectifiedFlow:
 def optimal(problem: Problem, num_steps: int) -> RectifiedFlow:
     """Starts that are dealt out within a batch."""
     flow = straight(problem, OptimalTransportCoupling())
-    return fit(flow, batch, num_steps, "minibatch OT", muon=True)
+    return fit(flow, batch, num_steps, "minibatch OT")
 
 
 def learned(problem: Problem, num_steps: int) -> RectifiedFlow:
