@@ -45,7 +45,9 @@ class TimeLaw(nn.Module, ABC):
     def draw(self, shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """Times of this shape and their weights, of dtype and device of ``like``.
 
-        The dims further left vary slowest, so put the times of one item there.
+        The dims further left vary slowest, so put the times of one item there. The last of
+        several dims, the items, takes its part of the grid in random order: otherwise all of a
+        class would have nearly one time wherever a batch is sorted by class.
         """
         kind = {"dtype": like.dtype, "device": like.device}
         number = prod(shape)
@@ -54,7 +56,10 @@ class TimeLaw(nn.Module, ABC):
         shift = torch.rand((), **kind)
         # Round the circle, so that no item keeps to a part of the interval.
         even = (torch.arange(number, **kind) / number + shift).frac()
-        return self.place(even.reshape(shape))
+        even = even.reshape(shape)
+        if len(shape) > 1:
+            even = even[..., torch.rand(shape[-1], **kind).argsort()]
+        return self.place(even)
 
 
 class UniformTimes(TimeLaw):

@@ -60,6 +60,16 @@ def test_times_of_one_item_are_spread_over_the_interval():
     torch.testing.assert_close(flat, torch.full_like(flat, 1 / 60))
 
 
+def test_sorted_items_have_all_times():
+    draws = torch.stack([UniformTimes().draw((2, 200), torch.empty(0))[0] for _ in range(500)])
+    # The first half of the items, which may be one class, as a random half of the grid would.
+    means = draws[:, :, :100].mean((1, 2))
+    assert means.mean() == pytest.approx(0.5, abs=0.01)
+    assert means.std() < 0.03
+    # Two times of one item stay half the interval apart.
+    assert ((draws[:, 0] - draws[:, 1]).abs() - 0.5).abs().max() < 1e-6
+
+
 def test_importance_lowers_the_variance_of_a_peaked_integrand():
     def peaked(t):
         return 1 / (0.01 + t) ** 2
