@@ -1,8 +1,8 @@
 """Rectified flows with three couplings of noise and data: two problems in the plane, and digits.
 
 ``python examples/rectified_flow.py`` trains a flow under the independent, the minibatch optimal
-transport and the learned coupling by Pyro's own ``SVI`` (one to four minutes each on one core), and
-prints normalised path energy, straightness and 2-Wasserstein distance to the data. The picture
+transport and the learned coupling by Pyro's own ``SVI`` (one to four minutes each on one core),
+and prints normalised path energy, straightness and 2-Wasserstein distance to the data. The picture
 shows samples and their paths. ``--data digits`` (or ``mnist`` with ``--folder``) trains Brownian
 bridges on images in place of that and prints the bound, part by part.
 """
