@@ -168,10 +168,11 @@ def fit(
     pyro.clear_param_store()
     model, guide = (pyro.poutine.scale(p, 1 / len(draw())) for p in (flow.model, flow.guide))
     schedule = Schedule(num_steps, warmup_steps=100)
-    optim = GlobalOptim(lr, betas=(0.9, 0.999), clip_norm=clip_norm, schedule=schedule)
     if muon:
         args = {"optimizer": muon_or_adam, "optim_args": {"lr": lr}, "lr_lambda": schedule}
         optim = PyroLRScheduler(LambdaLR, args, {"clip_norm": clip_norm})
+    else:
+        optim = GlobalOptim(lr, betas=(0.9, 0.999), clip_norm=clip_norm, schedule=schedule)
     svi = (CompiledSVI if compiled else SVI)(model, guide, optim, ELBO(max_plate_nesting=1))
     bar, mean = tqdm(range(num_steps), desc=name), None
     average = Average.over(len(range(0, num_steps, 4)))

@@ -269,19 +269,10 @@ def _gather(draws: Draws, target: Target, num_chains: int, modes: Sequence[Mode]
         evidence.axes = words.axis_names(covariance_factor(kept.z), target.labels)
         evidence.shifts = drift.natural
         if words.weights_usable(k, evidence.ess / len(kept)):
-            values = flatten_values(kept.values, target)
-            values = values.clamp(*heavy_tails(values)[1:])
+            values = flatten_values(kept.values, target).clamp(*drift.ends)
             weighted = importance_shifts(drift.natural.labels, values, smoothed)
             evidence.shifts = combine_shifts(drift.natural, weighted)
     return evidence
-
-
-def _heavy(drift: DriftTest | None) -> tuple[str, ...]:
-    """Names of the parameters with heavy tails."""
-    if drift is None:
-        return ()
-    flags = drift.heavy.tolist()
-    return tuple(name for name, flag in zip(drift.natural.labels, flags, strict=True) if flag)
 
 
 def _bounds(log_weights: Tensor, ess: float) -> dict[int, Bound]:
@@ -333,7 +324,7 @@ def _report(
         findings=tuple(findings),
         advice=tuple(words.advice(findings, evidence.pareto_k, share, evidence.gradient)),
         shifts=evidence.shifts,
-        heavy=_heavy(evidence.drift),
+        heavy=() if evidence.drift is None else tuple(evidence.drift.heavy),
         guide_mean=values.mean(0),
         guide_sd=values.std(0),
         drift=evidence.drift,

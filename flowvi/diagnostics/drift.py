@@ -31,8 +31,8 @@ class DriftTest:
 
     Args:
         natural: shifts of the constrained parameters.
-        heavy: which of them have tails so heavy (:func:`~.shifts.heavy_tails`) that values beyond
-            the central 98 % of the guide's draws were moved to its ends.
+        ends: what values of these parameters were limited to: the central 98 % of the guide's
+            draws where tails are heavy (:func:`~.shifts.heavy_tails`), otherwise nothing.
         whitened: shifts along the axes in which the guide has unit covariance.
         acceptance: mean acceptance probability of the kept transitions.
         step_size: adapted step size, in guide standard deviations.
@@ -41,12 +41,18 @@ class DriftTest:
     """
 
     natural: Shifts
-    heavy: Tensor
+    ends: tuple[Tensor, Tensor]
     whitened: Shifts
     acceptance: float
     step_size: float
     num_gradients: int
     chains: Tensor = field(repr=False)
+
+    @property
+    def heavy(self) -> list[str]:
+        """Parameters with heavy tails."""
+        flags = self.ends[0].isfinite().tolist()
+        return [name for name, flag in zip(self.natural.labels, flags, strict=True) if flag]
 
     @property
     def max_z(self) -> float:
@@ -121,13 +127,13 @@ def drift_test(
     flat = target.constrain(states.reshape(-1, target.dim))
     values = flatten_values(flat, target).reshape(num_kept, num_chains, -1)
     guide = flatten_values(draws.values, target)[finite]
-    heavy, low, high = heavy_tails(guide)
-    guide, values = guide.clamp(low, high), values.clamp(low, high)
+    ends = heavy_tails(guide)[1:]
+    guide, values = guide.clamp(*ends), values.clamp(*ends)
     axes = [f"axis {i}" for i in range(target.dim)]
     whitened = _whiten(z, loc, scale_tril)
     return DriftTest(
         natural=chain_shifts(natural_labels(target), guide, guide[picked], values),
-        heavy=heavy,
+        ends=ends,
         whitened=chain_shifts(axes, whitened, whitened[picked], u),
         acceptance=acceptance,
         step_size=walk.step_size,
