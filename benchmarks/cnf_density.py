@@ -1,12 +1,14 @@
 """Test log-likelihood, function evaluations and time of continuous flows on 2-D toys.
 
-Three flows see the same batches in turn: flowvi's plain, flowvi's with the penalties of RNODE on
-its paths, and zuko's, all with one field of the same widths, activation and time features, Adam
-and one learning-rate schedule. The penalties fall along a cosine to a small remainder, as many
-fields give one density and a weak penalty suffices to choose among them. Afterwards all are
-evaluated by one and the same adaptive solver; "over plain" is the difference of the test negative
-log-likelihood of the same points to that of the plain flow. Evaluations grow as a flow fits more
-closely, so flows are compared where they fit alike: ``--plain-steps`` ends the plain one earlier.
+Three flows see the same batches in turn: flowvi's plain, flowvi's with penalties on its paths
+(those of RNODE, and the rate at which the divergence changes, which an adaptive solver of the
+log-density feels most), and zuko's, all with one field of the same widths, activation and time
+features, Adam and one learning-rate schedule. The penalties fall along a cosine to a small
+remainder, as many fields give one density and a weak penalty suffices to choose among them.
+Afterwards all are evaluated by one and the same adaptive solver; "over plain" is the difference
+of the test negative log-likelihood of the same points to that of the plain flow. Evaluations grow
+as a flow fits more closely, so flows are compared where they fit alike: ``--plain-steps`` ends
+the plain one earlier.
 With several seeds all numbers are means over them, each with its own weights, batches and test
 points, "se" and "se over plain" are standard errors over seeds, and the integral is the one
 farthest from 1; with one seed they are those over test points.
@@ -34,7 +36,14 @@ from torch import Tensor, nn
 from flowvi.distributions import Flow
 from flowvi.nn import MLPField
 from flowvi.objectives import ELBO, Regularized
-from flowvi.transforms import RK4, Continuous, JacobianNorm, KineticEnergy, Regularizer
+from flowvi.transforms import (
+    RK4,
+    Continuous,
+    DivergenceRate,
+    JacobianNorm,
+    KineticEnergy,
+    Regularizer,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from toys import TOYS  # noqa: E402
@@ -105,7 +114,11 @@ def zuko_flow() -> Contestant:
 
 
 def contestants(args: argparse.Namespace) -> Iterator[tuple[str, Contestant]]:
-    penalties = (KineticEnergy(args.kinetic), JacobianNorm(args.jacobian))
+    penalties = (
+        KineticEnergy(args.kinetic),
+        JacobianNorm(args.jacobian),
+        DivergenceRate(args.divergence_rate),
+    )
     yield "flowvi", flowvi_flow(args.solver_steps)
     if not args.without_penalties:
         # Its paths are smooth from the start, so fewer steps follow them.
@@ -213,6 +226,7 @@ def main() -> None:
     parser.add_argument("--regularised-steps", type=int, default=8, help="with penalties")
     parser.add_argument("--kinetic", type=float, default=0.06)
     parser.add_argument("--jacobian", type=float, default=0.06)
+    parser.add_argument("--divergence-rate", type=float, default=0.0003)
     parser.add_argument("--settled", type=float, default=0.9, help="when penalties are at least")
     parser.add_argument("--remainder", type=float, default=0.03, help="part of them that stays")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -256,6 +270,7 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
         "penalties": {
             "kinetic": args.kinetic,
             "jacobian": args.jacobian,
+            "divergence rate": args.divergence_rate,
             "least after this part of the steps": args.settled,
             "remainder": args.remainder,
         },

@@ -128,7 +128,7 @@ def mnist_task(folder: Path) -> Task:
 
     images = mnist(folder)
     images = replace(images, test=images.test[:2000])
-    return Task(images, 13.3, network, encoder, 16, 2e-3, 0.99)
+    return Task(images, 13.3, network, encoder, 16, 2e-2, 0.99)
 
 
 def train(task: Task, model: DiffusionModel, seed: int, num_steps: int) -> Average:

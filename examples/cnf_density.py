@@ -24,7 +24,14 @@ from tqdm import tqdm
 from flowvi.distributions import Flow
 from flowvi.flows import cnf
 from flowvi.objectives import ELBO, Objective, Regularized
-from flowvi.transforms import RK4, Adaptive, Continuous, JacobianNorm, KineticEnergy
+from flowvi.transforms import (
+    RK4,
+    Adaptive,
+    Continuous,
+    DivergenceRate,
+    JacobianNorm,
+    KineticEnergy,
+)
 
 HALF_WIDTH = 5.0
 COLUMNS = ("toy", "flow", "test NLL", "integral", "NFE", "kinetic energy")
@@ -39,6 +46,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--kinetic", type=float, default=0.02, help="weight of the kinetic energy")
     parser.add_argument("--jacobian", type=float, default=0.02, help="weight of the Jacobian norm")
+    parser.add_argument(
+        "--divergence-rate", type=float, default=3e-4, help="weight of the divergence's rate"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke-test", action="store_true", help="a few steps only, for tests")
     parser.add_argument("--output", type=Path, default=Path("output"), help="folder for results")
@@ -132,7 +142,11 @@ def main() -> None:
     )
     lines = [ROW.format(*COLUMNS)]
     for row, toy in zip(axes, args.toys, strict=True):
-        penalties = (KineticEnergy(args.kinetic), JacobianNorm(args.jacobian))
+        penalties = (
+            KineticEnergy(args.kinetic),
+            JacobianNorm(args.jacobian),
+            DivergenceRate(args.divergence_rate),
+        )
         objectives = {"plain": ELBO(), "regularised": Regularized(ELBO(), *penalties)}
         test = TOYS[toy](num_test, torch.Generator().manual_seed(args.seed + 10_000))
         flows = {name: train(toy, objective, args) for name, objective in objectives.items()}

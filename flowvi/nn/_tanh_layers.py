@@ -21,7 +21,7 @@ from flowvi.nn._layered import Prepared
 from flowvi.nn.fields import VectorField
 from flowvi.nn.layered_fields import MLPField
 
-__all__ = ["Kept", "TanhLayers", "evaluate", "pull_back", "tanh_layers"]
+__all__ = ["Kept", "TanhLayers", "divergence_rate", "evaluate", "pull_back", "tanh_layers"]
 
 
 class TanhLayers(NamedTuple):
@@ -103,6 +103,37 @@ def evaluate(
         return velocity, (_slope(hidden[0]) * layers.core).sum(-1), Kept((x, *hidden))
     pushed = _slope(hidden[0]) @ layers.core.t()
     return velocity, (pushed * _slope(hidden[1])).sum(-1), Kept((x, *hidden), pushed)
+
+
+def divergence_rate(
+    layers: TanhLayers, shift: Tensor, shift_rate: Tensor, x: Tensor, velocity: Tensor
+) -> Tensor:
+    r"""Time derivative of the divergence along the path, by operations with gradients.
+
+    With :math:`\dot h = s \circ \dot z` and :math:`\dot s = -2 h \circ \dot h` in every layer.
+
+    Args:
+        layers: the network.
+        shift: what time, context and the first bias add in the first layer, broadcast against
+            ``(*batch, first width)``.
+        shift_rate: time derivative of ``shift``.
+        x: states ``(*batch, input_dim)``.
+        velocity: at ``x``, of the same shape.
+    """
+    slopes, slope_rates = [], []
+    z = x @ layers.weights[0].t() + shift
+    rate = velocity @ layers.weights[0].t() + shift_rate
+    for weight, bias in zip((*layers.weights[1:-1], None), layers.biases, strict=True):
+        h = torch.tanh(z)
+        slopes.append(_slope(h))
+        rate = slopes[-1] * rate
+        slope_rates.append(-2 * h * rate)
+        if weight is not None:
+            z, rate = h @ weight.t() + bias, rate @ weight.t()
+    if len(slopes) == 1:
+        return slope_rates[0] @ layers.core
+    lower, lower_rate = (one[0] @ layers.core.t() for one in (slopes, slope_rates))
+    return (slope_rates[1] * lower + slopes[1] * lower_rate).sum(-1)
 
 
 def pull_back(

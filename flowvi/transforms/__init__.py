@@ -32,6 +32,7 @@ from flowvi.transforms.radial import Radial
 from flowvi.transforms.regularizers import (
     HJB,
     JKO,
+    DivergenceRate,
     JacobianNorm,
     KineticEnergy,
     PathPenalty,
@@ -62,6 +63,7 @@ __all__ = [
     "Coupling",
     "Direction",
     "Divergence",
+    "DivergenceRate",
     "DormandPrince",
     "ElementwiseMap",
     "ElementwiseTransform",

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowvi.nn import FunctionField, PotentialField, VectorField
+from flowvi.nn import FunctionField, MLPField, PotentialField, VectorField
 from flowvi.transforms import (
     HJB,
     JKO,
     RK4,
     Continuous,
+    DivergenceRate,
     ExactDivergence,
     Hutchinson,
     JacobianNorm,
@@ -152,10 +153,56 @@ def test_residual_of_a_learned_potential():
     torch.testing.assert_close(found[0].values[0], truth, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("divergence", [ExactDivergence(), Hutchinson()])
+def test_rate_of_a_divergence_that_is_known(divergence: object):
+    flow = Continuous(Spreading(1.0), divergence, RK4(32))
+    (found,) = penalties(flow, torch.randn(6, 2), DivergenceRate())
+    # The divergence is 2 / (1 + t) everywhere, and so is its estimate by signs.
+    torch.testing.assert_close(found, torch.full((6,), 4 * (1 - 1 / 8) / 3), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("hidden_dims", "activation"),
+    [((8,), nn.Tanh), ((8, 6), nn.Tanh), ((6, 6, 6), nn.Tanh), ((8, 6), nn.Softplus)],
+)
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_rate_of_a_learned_divergence(hidden_dims: tuple, activation: type, context_dim: int):
+    field = MLPField(3, hidden_dims, context_dim, activation=activation)
+    for parameter in field.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    context = torch.randn(5, 2) if context_dim else None
+    x, flow = torch.randn(5, 3), Continuous(field, solver=RK4(50))
+    with collect_penalties([DivergenceRate()]) as found:
+        flow.call_and_ladj(x, context)
+    # The same by differences of the trace of autograd's Jacobian along the path.
+    ts = torch.linspace(0, 1, 401)
+    path = flow.trajectory(x, ts, context).x
+    traces = []
+    for t, state in zip(ts, path, strict=True):
+        rows = torch.autograd.functional.jacobian(lambda x, t=t: field(t, x, context), state)
+        traces.append(torch.einsum("aiai->a", rows).detach())
+    (rates,) = torch.gradient(torch.stack(traces), spacing=(ts,), dim=0, edge_order=2)
+    truth = torch.trapezoid(rates.square(), ts, dim=0)
+    torch.testing.assert_close(found[0].values[0], truth, rtol=1e-2, atol=1e-6)
+
+
+def test_rate_of_the_divergence_by_hand_has_the_gradient_of_forward_mode():
+    field = MLPField(2, (5, 4))
+    for parameter in field.parameters():
+        nn.init.normal_(parameter)
+    x, gradients = torch.randn(6, 2), []
+    for divergence in (None, ExactDivergence()):
+        flow = Continuous(field, divergence, RK4(3))
+        (found,) = penalties(flow, x, DivergenceRate())
+        gradients.append(torch.autograd.grad(found.sum(), list(field.parameters())))
+    for by_hand, truth in zip(*gradients, strict=True):
+        torch.testing.assert_close(by_hand, truth)
+
+
 def test_gradients_of_penalties_agree_with_finite_differences():
     flow = Continuous(Linear(2), ExactDivergence(), RK4(4))
     x = torch.randn(3, 2)
-    regularizers = [KineticEnergy(), JacobianNorm(probe=None), JKO(1.0)]
+    regularizers = [KineticEnergy(), JacobianNorm(probe=None), DivergenceRate(), JKO(1.0)]
 
     def total(matrix: Tensor, shift: Tensor) -> Tensor:
         module = nn.ModuleDict({"flow": flow})
@@ -236,7 +283,8 @@ def test_what_is_not_collected():
 
 def test_shapes_follow_the_batch():
     flow = Continuous(FunctionField(2, lambda t, x, c: x * c, 1), ExactDivergence(), RK4(2))
-    with collect_penalties([KineticEnergy(), JacobianNorm(), JKO(1.0)]) as found:
+    regularizers = [KineticEnergy(), JacobianNorm(), DivergenceRate(), JKO(1.0)]
+    with collect_penalties(regularizers) as found:
         flow.call_and_ladj(torch.randn(3, 5, 2), torch.randn(3, 1, 1))
     assert {tuple(v.shape) for v in found[0].values} == {(3, 5)}
 
@@ -245,7 +293,9 @@ def test_meta_device():
     field = Linear(2)
     flow = Continuous(field, ExactDivergence(), RK4(2)).to("meta")
     values = penalties(
-        flow, torch.randn(4, 2, device="meta"), KineticEnergy(), JacobianNorm(), JKO(1.0)
+        flow,
+        torch.randn(4, 2, device="meta"),
+        *(KineticEnergy(), JacobianNorm(), DivergenceRate(), JKO(1.0)),
     )
     sum(v.sum() for v in values).backward()
     assert field.matrix.grad.is_meta
