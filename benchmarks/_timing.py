@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -102,7 +103,7 @@ def facts(*packages: str) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = None
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_arguments()]),
         "clock": "process CPU time",
         "allocator": _KEEP_MEMORY,
         "threads": torch.get_num_threads(),
@@ -110,6 +111,12 @@ def facts(*packages: str) -> dict[str, Any]:
         "processor": _processor(),
         "versions": versions,
     }
+
+
+def _arguments() -> list[str]:
+    """The command line's, with a word for what lies elsewhere on this machine."""
+    words = {True: "FOLDER", False: "FILE"}
+    return [words[Path(a).is_dir()] if Path(a).is_absolute() else a for a in sys.argv[1:]]
 
 
 def _processor() -> str:

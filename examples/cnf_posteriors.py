@@ -247,7 +247,11 @@ def record(file: Path, name: str, found: list[dict]) -> None:
     """Put the numbers of one posterior into a JSON file, beside those of others."""
     kept = json.loads(file.read_text("utf-8")) if file.exists() else {}
     seeds = " ".join(str(fit["seed"]) for fit in found)
-    command = f"python examples/cnf_posteriors.py --posteriors {shlex.quote(name)} --seeds {seeds}"
+    german = " --german FILE" if name == "German credit" else ""
+    command = (
+        f"python examples/cnf_posteriors.py{german} --posteriors {shlex.quote(name)} "
+        f"--seeds {seeds}"
+    )
     kept[name] = {"command": command, "fits": found}
     file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 

@@ -36,9 +36,11 @@ class Average:
 
         Args:
             num_updates: number of updates to come.
-            decay: largest decay; fewer updates get a smaller one.
+            decay: largest decay, in [0, 1); fewer updates get a smaller one.
         """
-        return cls(max(min(decay, 1 - 6.25 / num_updates), 0.0))
+        average = cls(decay)
+        average.decay = max(min(decay, 1 - 6.25 / num_updates), 0.0)
+        return average
 
     @torch.no_grad()
     def update(self, named: Iterable[tuple[str, Tensor]]) -> None:

@@ -94,7 +94,8 @@ def fit(
         seed: seed of the run; the global random state is put back afterwards. ``None`` uses it.
         tolerance: improvement in nats per window worth going on for; ``None`` runs all steps.
         clip_norm: bound on the norm of the whole gradient; ``None`` clips nothing.
-        average: decay rate of the average of the iterates, in [0, 1).
+        average: decay rate of the average of the iterates, in [0, 1); short runs get a smaller
+            one, so that the average forgets their start.
         max_seconds: wall seconds after which the run stops, the start included.
         checkpoint: file to save the run in. If it exists, the run is taken up from it, bit for
             bit on a CPU.
@@ -135,6 +136,8 @@ def fit(
         },
         {"lr": lr, "max_seconds": max_seconds, "tolerance": tolerance, "clip_norm": clip_norm},
     )
+    if not 0 <= average < 1:
+        raise ValueError(f"`average` must lie in [0, 1); got {average!r}.")
     if spread is not None and max_seconds is not None:
         raise ValueError(
             f"`max_seconds` must be None with `spread`, since clocks differ; got {max_seconds}."
@@ -160,7 +163,7 @@ def fit(
         optim = GlobalOptim(lr, clip_norm=clip_norm, schedule=Schedule(num_steps))
         run = Run(
             _svi(model, guide, optim, objective, spread, compile),
-            Average(average),
+            Average.over(num_steps, average),
             None if tolerance is None else Plateau(max(num_steps // 33, 30), tolerance),
             RunOptions(
                 num_steps, max_seconds, checkpoint, checkpoint_every, callback, progress_bar

@@ -283,7 +283,7 @@ def test_two_guides_of_one_class_keep_their_own_parameters():
         ({"num_particles": -1}, "`num_particles` must be an integer of at least 1; got -1"),
         ({"lr": 0.0}, "`lr` must be a positive number; got 0.0"),
         ({"lr": "fast"}, "`lr` must be a positive number; got 'fast'"),
-        ({"average": 1.0}, r"`decay` must lie in \[0, 1\); got 1.0"),
+        ({"average": 1.0}, r"`average` must lie in \[0, 1\); got 1.0"),
         ({"max_seconds": -1}, "`max_seconds` must be a positive number; got -1"),
         ({"checkpoint_every": 0}, "`checkpoint_every` must be an integer of at least 1; got 0"),
     ],
