@@ -65,6 +65,7 @@ class Task:
         batch_size: images of a step.
         lr: learning rate, which falls to 0 along a cosine.
         decay: largest decay of the moving average of the weights.
+        gain: of the encoder.
     """
 
     images: Images
@@ -74,6 +75,7 @@ class Task:
     batch_size: int
     lr: float
     decay: float
+    gain: float
 
     def make(self, name: str) -> DiffusionModel:
         """One of the two models; sizes are chosen for equal numbers of parameters."""
@@ -81,7 +83,7 @@ class Task:
         schedule, end = LinearLogSNR(-5.0, self.high), LevelEnd(shape, self.images.num_levels)
         if name == "VDM":
             return VDM(end, self.network(False), schedule, prediction=Prediction.ANGULAR)
-        encoder = LearnedEncoder(self.encoder(), schedule)
+        encoder = LearnedEncoder(self.encoder(), schedule, gain=self.gain)
         return DiffEnc(end, self.network(True), encoder, schedule)
 
     def average(self, num_steps: int) -> Average:
@@ -96,6 +98,7 @@ class Task:
             "lr": self.lr,
             "decay": self.average(num_steps).decay,
             "log_snr": [-5.0, self.high],
+            "encoder gain": self.gain,
             "test images": len(self.images.test),
         }
 
@@ -110,7 +113,7 @@ def digits_task() -> Task:
     def encoder() -> nn.Module:
         return MLPDenoiser(64, (30,))
 
-    return Task(digits(), 5.0, network, encoder, 128, 8e-3, 0.98)
+    return Task(digits(), 5.0, network, encoder, 128, 8e-3, 0.98, 1.0)
 
 
 def mnist_task(folder: Path) -> Task:
@@ -124,11 +127,11 @@ def mnist_task(folder: Path) -> Task:
         return UNet((1, 28, 28), 8, (1, 2, 2), attention=True, **options)
 
     def encoder() -> nn.Module:
-        return UNet((1, 28, 28), 2, (1,), time_dim=16)
+        return UNet((1, 28, 28), 2, (1,), time_dim=16, max_frequency=10.0)
 
     images = mnist(folder)
     images = replace(images, test=images.test[:2000])
-    return Task(images, 13.3, network, encoder, 16, 2e-2, 0.99)
+    return Task(images, 13.3, network, encoder, 16, 2e-2, 0.99, 0.02)
 
 
 def train(task: Task, model: DiffusionModel, seed: int, num_steps: int) -> Average:

@@ -24,6 +24,9 @@ class Denoiser(nn.Module):
         context_dim: length of the context vector, such as a one-hot label; 0 for none. A row of
             zeros stands for "no context".
         time_dim: length of the features of time.
+        max_frequency: largest frequency of these features, above 1. Large, to tell noise levels
+            near the data apart; small, such as 10, where the derivative in time enters a loss,
+            as that of an encoder does.
 
     Shape:
         x: ``(*batch, input_dim)``; t: ``(*batch, 1)``; context: ``(*batch, context_dim)``; times
@@ -33,12 +36,19 @@ class Denoiser(nn.Module):
         ValueError: if a size is too small, or the context has the wrong shape.
     """
 
-    def __init__(self, input_dim: int, context_dim: int = 0, *, time_dim: int = 32) -> None:
+    def __init__(
+        self,
+        input_dim: int,
+        context_dim: int = 0,
+        *,
+        time_dim: int = 32,
+        max_frequency: float = 1000.0,
+    ) -> None:
         super().__init__()
         check_sizes(input_dim, (), input_dim, context_dim)
         self.input_dim = input_dim
         self.context_dim = context_dim
-        self.time = SinusoidalTime(max(time_dim // 2, 2))
+        self.time = SinusoidalTime(max(time_dim // 2, 2), max_frequency)
         self.condition_dim = self.time.output_dim + context_dim
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
@@ -67,6 +77,7 @@ class MLPDenoiser(Denoiser):
         hidden_dims: widths of the hidden layers.
         context_dim: length of the context vector; 0 for none.
         time_dim: length of the features of time.
+        max_frequency: largest frequency of these features.
         activation: makes the nonlinearity.
         zero_last: start with a prediction of zero.
 
@@ -83,10 +94,11 @@ class MLPDenoiser(Denoiser):
         context_dim: int = 0,
         *,
         time_dim: int = 32,
+        max_frequency: float = 1000.0,
         activation: Callable[[], nn.Module] = nn.SiLU,
         zero_last: bool = True,
     ) -> None:
-        super().__init__(input_dim, context_dim, time_dim=time_dim)
+        super().__init__(input_dim, context_dim, time_dim=time_dim, max_frequency=max_frequency)
         self.net = MLP(
             input_dim,
             hidden_dims,
@@ -109,6 +121,7 @@ class ResidualDenoiser(Denoiser):
         num_blocks: number of blocks, at least 1.
         context_dim: length of the context vector; 0 for none.
         time_dim: length of the features of time.
+        max_frequency: largest frequency of these features.
         fourier: features of the state to see besides the state itself.
         activation: makes the nonlinearity.
 
@@ -128,10 +141,11 @@ class ResidualDenoiser(Denoiser):
         context_dim: int = 0,
         *,
         time_dim: int = 32,
+        max_frequency: float = 1000.0,
         fourier: FourierFeatures | None = None,
         activation: Callable[[], nn.Module] = nn.SiLU,
     ) -> None:
-        super().__init__(input_dim, context_dim, time_dim=time_dim)
+        super().__init__(input_dim, context_dim, time_dim=time_dim, max_frequency=max_frequency)
         check_sizes(input_dim, (hidden_dim,), input_dim, context_dim)
         if num_blocks < 1:
             raise ValueError(f"`num_blocks` must be at least 1; got {num_blocks}.")

@@ -27,6 +27,7 @@ class UNet(Denoiser):
         num_blocks: residual blocks at each resolution, at least 1.
         context_dim: length of the context vector; 0 for none.
         time_dim: length of the features of time.
+        max_frequency: largest frequency of these features.
         attention: let all pixels of the coarsest resolution look at each other.
         fourier: features of the pixels to see besides the pixels themselves.
         dropout: probability of a dropped unit in a block.
@@ -56,6 +57,7 @@ class UNet(Denoiser):
         context_dim: int = 0,
         *,
         time_dim: int = 32,
+        max_frequency: float = 1000.0,
         attention: bool = False,
         fourier: FourierFeatures | None = None,
         dropout: float = 0.0,
@@ -72,7 +74,12 @@ class UNet(Denoiser):
                 f"`width` and `num_blocks` must be at least 1; got {width} and {num_blocks}."
             )
         channels, height, columns = image_shape
-        super().__init__(channels * height * columns, context_dim, time_dim=time_dim)
+        super().__init__(
+            channels * height * columns,
+            context_dim,
+            time_dim=time_dim,
+            max_frequency=max_frequency,
+        )
         self.image_shape = image_shape
         self.fourier = fourier
         multiple = 1 if fourier is None else fourier.multiple

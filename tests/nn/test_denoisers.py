@@ -37,6 +37,25 @@ def moved(network):
     return network
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: MLPDenoiser(16, (8,), **options),
+        lambda **options: ResidualDenoiser(16, 8, 1, **options),
+        lambda **options: UNet((1, 4, 4), 4, (1,), **options),
+    ],
+)
+def test_low_frequencies_make_slow_networks(make):
+    rates = []
+    for max_frequency in (4.0, 1000.0):
+        torch.manual_seed(0)
+        network = moved(make(max_frequency=max_frequency))
+        x, t = torch.randn(50, 16), torch.rand(50, 1)
+        change = torch.func.jvp(lambda t, f=network, x=x: f(x, t), (t,), (torch.ones(50, 1),))[1]
+        rates.append(change.square().mean().sqrt())
+    assert rates[1] > 20 * rates[0]
+
+
 @pytest.mark.parametrize("context_dim", [0, 3])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_rows_and_broadcasting(name, context_dim):
