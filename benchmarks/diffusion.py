@@ -11,8 +11,8 @@ about as many parameters in all (DiffEnc's encoder counts), the same batches, st
 rates and v-prediction, and are evaluated with a moving average of their weights at the same random
 times and noises. Settings were found with VDM on the last 300 training images of the digits;
 of DiffEnc only the encoder was chosen, in the same way. On MNIST the learning rate is the best of
-five for VDM on validation images, and DiffEnc's encoder is slowed by a gain. Finished runs are read back from the
-results file, so the benchmark can be stopped and taken up again.
+four for VDM on validation images, and DiffEnc's encoder is slowed by a gain. Finished runs are
+read back from the results file, so the benchmark can be stopped and taken up again.
 
 Speed: loss, gradient and Adam of one step, float32, one thread, the same network and batch. "bare"
 is the loss written by hand with ``torch.optim.Adam``; "svi" is stock ``SVI`` with Pyro's Adam;
