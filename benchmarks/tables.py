@@ -94,6 +94,40 @@ def continuous() -> str:
     return _with_command("cnf", about, header, rows)
 
 
+def densities() -> str:
+    found = _read("cnf_density")
+    results, settings = found["results"], found["settings"]
+    # Those of three seeds, and those of one seed beside zuko.
+    pairs = {k: r for k, r in results.items() if len(settings[k].get("seeds", [0])) > 1}
+    beside = {k.split(",")[0]: (k, r) for k, r in results.items() if "zuko" in r}
+    rows = []
+    for key, (plain, penalised) in ((k, r.values()) for k, r in pairs.items()):
+        toy = key.split(",")[0]
+        equal, peers = beside[toy]
+        ahead = peers["zuko"]["test nll"] - peers["flowvi"]["test nll"]
+        rows.append(
+            [
+                toy,
+                f"{plain['test nll']:.3f} ({plain['steps']:.0f})",
+                f"{penalised['over plain']:+.4f} +- {penalised['se over plain']:.4f} "
+                f"({penalised['steps']:.0f})",
+                f"{plain['nfe']:.0f}",
+                f"{penalised['nfe']:.0f}",
+                f"{penalised['nfe'] / plain['nfe']:.2f}",
+                f"{ahead:+.3f} ({equal.split(', ')[1]})",
+            ]
+        )
+    header = [
+        "", "plain", "with penalties, over plain", "evaluations, plain", "with penalties", "ratio",
+        "zuko over plain",
+    ]  # fmt: skip
+    about = (
+        "Test negative log-likelihoods (nats, training steps in brackets) and evaluations of an "
+        "adaptive solver, means over three seeds, zuko's of one"
+    )
+    return _with_command("cnf_density", about, header, rows)
+
+
 def processes() -> str:
     found = _read("sde")["ms"]
     names = [
@@ -153,6 +187,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": steps,
     "flows": flows,
     "continuous": continuous,
+    "densities": densities,
     "processes": processes,
     "networks": networks,
     "quality": quality,
