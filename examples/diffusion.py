@@ -92,14 +92,14 @@ def parse() -> argparse.Namespace:
 
 
 def toy_task(args: argparse.Namespace) -> Task:
-    """Points in the plane; networks with two hidden layers."""
+    """Points in the plane; networks with two residual blocks, or two hidden layers."""
     generator = torch.Generator().manual_seed(args.seed)
 
     def make(name: str) -> DiffusionModel | RectifiedFlow:
         if name in BRIDGES:
             return planar_bridge(name, sigma=0.7)
         schedule, end = LinearLogSNR(-6.0, 9.0), RealEnd((2,))
-        network = MLPDenoiser(2, (128, 128 if name == "VDM" else 117))
+        network = ResidualDenoiser(2, 64 if name == "VDM" else 62, 2)
         if name == "VDM":
             return VDM(end, network, schedule, prediction=Prediction.ANGULAR)
         return DiffEnc(end, network, LearnedEncoder(MLPDenoiser(2, (40,)), schedule), schedule)

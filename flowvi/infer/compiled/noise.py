@@ -143,7 +143,8 @@ class NoiseTable:
 def hoist_draws(graph: fx.GraphModule) -> tuple[Draw, ...]:
     """Turn draws that depend on nothing but shapes into inputs, before all other inputs.
 
-    Draws whose law depends on tensors (gamma, a Bernoulli with a tensor of probabilities) stay.
+    Draws whose law depends on tensors (gamma, a Bernoulli with a tensor of probabilities) stay,
+    and so does all that is drawn after one: numbers must come in the order of an eager step.
 
     Returns:
         One entry per new input, in the order in which the graph drew.
@@ -153,6 +154,8 @@ def hoist_draws(graph: fx.GraphModule) -> tuple[Draw, ...]:
     for node in nodes:
         draw = _as_draw(node)
         if draw is None:
+            if _is_random(node):
+                break
             continue
         sliced = _only_head(node) if draw.fill is None else None
         if sliced is not None:
@@ -169,6 +172,11 @@ def hoist_draws(graph: fx.GraphModule) -> tuple[Draw, ...]:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return tuple(draws)
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
 
 
 def _as_draw(node: fx.Node) -> Draw | None:
