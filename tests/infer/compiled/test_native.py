@@ -69,17 +69,18 @@ def test_draws_are_taken_out_and_drawn_as_the_program_does():
     def function(x: Tensor) -> list[Tensor]:
         noise = torch.randn(3) + torch.empty(20).normal_(1.0, 2.0).sum()
         order = torch.randperm(10)[:4]
+        both, levels = torch.rand(3) + torch.rand_like(x), torch.randint(5, (6,))
         rest = torch.bernoulli(x.sigmoid())
-        return [noise * x, torch.rand(3) + torch.rand_like(x), order, rest, torch.randint(5, (6,))]
+        return [noise * x, both, order, rest, levels, torch.rand(3)]
 
     x = torch.ones(3)
     graph = graph_of(function, x)
     torch.manual_seed(2)
     expected = function(x)
     draws = hoist_draws(graph)
-    # The Bernoulli's probabilities are no constants, so it draws in the graph, and so do those
-    # that come after it.
-    assert [draw.shape for draw in draws] == [(3,), (20,), (4,)]
+    # The Bernoulli's probabilities are no constants, so it draws in the graph, and so does what
+    # comes after it.
+    assert [draw.shape for draw in draws] == [(3,), (20,), (4,), (3,), (3,), (6,)]
     table = NoiseTable(draws, 8)
     torch.manual_seed(2)
     table.draw_one()
@@ -89,6 +90,7 @@ def test_draws_are_taken_out_and_drawn_as_the_program_does():
     table.draw_many(8)
     for values in table.tables:
         assert len(values.unique(dim=0)) > 1
+    assert found[3].unique().numel() <= 2
 
 
 def test_draws_of_a_mixture_come_in_order():
