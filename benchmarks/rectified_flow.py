@@ -141,7 +141,7 @@ def main() -> None:
     content = json.loads(path.read_text()) if path.exists() else {"runs": {}}
 
     def keep() -> None:
-        content["facts"] = facts("torch", "pyro-ppl", "scipy")
+        content.update(published=PUBLISHED, facts=facts("torch", "pyro-ppl", "scipy"))
         write_json(path, content)
 
     run(args, content["runs"], keep)

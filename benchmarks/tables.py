@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from _timing import last_gap, table
@@ -161,6 +162,54 @@ def networks() -> str:
     return f"{table(header, rows)}"
 
 
+def bounds() -> str:
+    parts, rows = ("prior", "reconstruction", "diffusion", "total"), []
+    for name, found in _read("diffusion")["quality"].items():
+        seeds = len(found["runs"]) // 2
+        size = found["runs"]["VDM, seed 0"]["parameters"]
+        steps = found["settings"]["num_steps"]
+        label = f"{name}, {size:,} parameters, {steps} steps, {seeds} seeds"
+        for model, values in {**found["means"], "difference": found["difference"]}.items():
+            sign = "+" if model == "difference" else "-"
+            cells = [f"{values[p][0]:{sign}.4f} +- {values[p][1]:.4f}" for p in parts]
+            rows.append([f"{label}: {model}" if model == "VDM" else model, *cells])
+    about = (
+        "Bounds on test images, bits per dimension; after half of the steps both models go on "
+        "from one VDM"
+    )
+    return _with_command("diffusion", about, ["", *parts], rows)
+
+
+def couplings() -> str:
+    found, rows = _read("rectified_flow"), []
+    for problem, published in found["published"].items():
+        runs: dict[str, list[dict[str, float]]] = {}
+        for run in found["runs"].values():
+            if run["problem"] == problem:
+                runs.setdefault(run["coupling"], []).append(run)
+        worst = mean(run["few"] for run in runs["independent"])
+        for coupling, own in runs.items():
+            few = [run["few"] for run in own]
+            rows.append(
+                [
+                    problem,
+                    coupling,
+                    f"{mean(run['path_energy'] for run in own):.3f}",
+                    str(published.get(coupling, "")),
+                    f"{mean(few):.3f} +- {stdev(few) / len(few) ** 0.5:.3f}",
+                    _times(worst / mean(few)),
+                ]
+            )
+    header = [
+        "", "coupling", "path energy", "published", "W2 after five calls", "independent / this",
+    ]  # fmt: skip
+    about = (
+        "Normalised path energy (beside that of Tong et al., 2024, arXiv:2302.00482) and "
+        "2-Wasserstein distance to the data, three seeds"
+    )
+    return _with_command("rectified_flow", about, header, rows)
+
+
 def quality() -> str:
     results = _read("quality")["results"]
     targets = dict.fromkeys(result["target"] for result in results)
@@ -192,6 +241,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "densities": densities,
     "processes": processes,
     "networks": networks,
+    "bounds": bounds,
+    "couplings": couplings,
     "quality": quality,
     "large": large,
 }
