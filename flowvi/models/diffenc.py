@@ -35,7 +35,7 @@ class _Encoder(nn.Module):
 class LearnedEncoder(_Encoder):
     r"""Encoder that adds what a network sees in the data, more towards the noise end.
 
-    .. math:: F_\phi(y, t) = y + (\sigma_t^2 - \sigma_1^2)\,g\,e_\phi(y, t)
+    .. math:: F_\phi(y, t) = y + (\sigma_t^2 - \sigma_1^2)\,e_\phi(y, t)
 
     It is the identity at the data end, and everywhere while the network gives zero, as a
     :class:`~flowvi.nn.Denoiser` does at first. Its derivative in time enters the bound, so low
@@ -45,11 +45,6 @@ class LearnedEncoder(_Encoder):
         network: e; takes ``(y, t)`` as a denoiser does.
         schedule: signal and noise over time, that of the model.
         high: time of the data end.
-        gain: g, positive. Steps of Adam have one size for all parameters; below 1 the encoder
-            changes more slowly than the denoiser, whose target it moves.
-
-    Raises:
-        ValueError: if ``gain`` is not positive.
 
     References:
         Nielsen, Christensen, Dittadi and Winther (2024), DiffEnc, arXiv:2310.19789, section 4
@@ -66,17 +61,12 @@ class LearnedEncoder(_Encoder):
                 [1., 1.]], grad_fn=<AddBackward0>)
     """
 
-    def __init__(
-        self, network: nn.Module, schedule: Schedule, high: float = 1.0, *, gain: float = 1.0
-    ) -> None:
+    def __init__(self, network: nn.Module, schedule: Schedule, high: float = 1.0) -> None:
         super().__init__(schedule, high)
-        if not gain > 0:
-            raise ValueError(f"`gain` must be positive; got {gain!r}.")
         self.network = network
-        self.gain = gain
 
     def forward(self, y: Tensor, t: Tensor) -> Tensor:
-        return y + self.gain * self.share(t) * self.network(y, t)
+        return y + self.share(t) * self.network(y, t)
 
 
 class FadingEncoder(_Encoder):

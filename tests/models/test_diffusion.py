@@ -217,15 +217,6 @@ def test_learned_encoder_has_the_modified_target():
     assert not torch.allclose(encoder(x, 0 * end), x)
 
 
-def test_gain_of_the_encoder():
-    own, network = schedule(), small()
-    full, part = LearnedEncoder(network, own), LearnedEncoder(network, own, gain=0.1)
-    x, t = torch.randn(4, 2), torch.rand(4, 1)
-    torch.testing.assert_close(part(x, t) - x, 0.1 * (full(x, t) - x))
-    with pytest.raises(ValueError, match="`gain` must be positive; got 0"):
-        LearnedEncoder(network, own, gain=0)
-
-
 class _Constant(nn.Module):
     def __init__(self, value):
         super().__init__()
