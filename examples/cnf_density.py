@@ -60,7 +60,7 @@ def train(toy: str, objective: Objective, args: argparse.Namespace) -> Flow:
     pyro.clear_param_store()
     pyro.set_rng_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    flow = cnf(2, solver=RK4(8), eval_solver=Adaptive())
+    flow = cnf(2, solver=RK4(16), eval_solver=Adaptive())
 
     def model(x: Tensor) -> None:
         pyro.module("flow", flow)
